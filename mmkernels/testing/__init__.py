@@ -1,0 +1,7 @@
+"""How ops are verified, importable by users who add their own: cases, tolerance policy, poison, backends to test."""
+
+from mmkernels.testing.cases import CASES, Case, register_cases
+from mmkernels.testing.poison import poisoned_allocations
+from mmkernels.testing.tolerance import assert_within, error_of, rounding_band
+
+__all__ = ["CASES", "Case", "assert_within", "error_of", "poisoned_allocations", "register_cases", "rounding_band"]
