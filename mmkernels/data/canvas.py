@@ -25,10 +25,9 @@ _GLUE = ("?", "what", "is", "in", "the", "of", "how", "many", "empty")
 _DIRECTIONS = {"left": (0, -1), "right": (0, 1), "above": (-1, 0), "below": (1, 0)}
 _WAYS = ("left of", "right of", "above", "below")  # in the order of _DIRECTIONS
 _COUNTS = ("none", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
-_PLACES_3X3 = "topleft top topright midleft center midright bottomleft bottom bottomright".split()
-_EMPTY_SHARE = (
-    0.2  # share of `pos` questions about an empty cell: enough to learn the word, too few to win by guessing it
-)
+_PLACES_3X3 = ["topleft", "top", "topright", "midleft", "center", "midright", "bottomleft", "bottom", "bottomright"]
+# share of `pos` questions about an empty cell: enough to learn the word, too few to win by guessing it
+_EMPTY_SHARE = 0.2
 _FEW = 3  # a `count` canvas draws from this many classes, so that counts above one are common
 
 
@@ -140,6 +139,12 @@ class CanvasTask:
     def _vocabulary(self) -> tuple[str, ...]:
         # independent of `kinds` and `order`, so that one checkpoint serves every mix of questions
         places = [word for place in self._places() for word in place.split()]
+        taken = {*SPECIAL, *_GLUE, *_DIRECTIONS, *places, "none"}.intersection(self.names)
+        if taken:
+            raise DataError(
+                f"CanvasTask: label_words must differ from the words of the questions; got {sorted(taken)}. "
+                "Rename them."
+            )
         words = (*SPECIAL, *_GLUE, *_DIRECTIONS, *places, *_COUNTS, *self.names)
         return tuple(dict.fromkeys(words))
 

@@ -80,4 +80,4 @@ def read_idx_folder(folder: Path, split: str) -> tuple[NDArray[np.float32], NDAr
             f"read_idx_folder: images and labels must be as many; got {len(images)} images and {len(labels)} labels "
             f"in split {split!r} of {folder}. The files are from different data sets."
         )
-    return images.astype(np.float32) / 255, labels.astype(np.int64)
+    return images.astype(np.float32) / np.float32(255), labels.astype(np.int64)

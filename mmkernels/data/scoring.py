@@ -1,7 +1,6 @@
 """Training loss and accuracy of a model on canvas batches, from its logits alone."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from mmkernels.errors import ShapeError
@@ -35,10 +34,10 @@ def canvas_loss(logits: Tensor, batch: dict[str, Tensor], *, image_id: int, dens
     """
     _check("canvas_loss", logits, batch["input_ids"])
     wide = logits if logits.dtype == torch.float64 else logits.float()
-    loss = F.cross_entropy(wide[:, -1], batch["answer_ids"])
+    loss = torch.nn.functional.cross_entropy(wide[:, -1], batch["answer_ids"])
     if dense:
         at_image = wide[batch["input_ids"] == image_id]
-        loss = loss + dense * F.cross_entropy(at_image, batch["image_labels"].flatten())
+        loss = loss + dense * torch.nn.functional.cross_entropy(at_image, batch["image_labels"].flatten())
     return loss
 
 

@@ -15,7 +15,7 @@ from mmkernels.data.idx import read_idx_folder
 from mmkernels.errors import DataError, nearest
 
 DIGIT_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-# None leaves a class out: coats and shirts are not told apart from pullovers and T-shirts at 16 pixels, by people either
+# None leaves a class out: at 16 pixels a coat or shirt is not told apart from a pullover or T-shirt, by people either
 FASHION_WORDS = ("tshirt", "trouser", "pullover", "dress", None, "sandal", None, "sneaker", "bag", "boot")
 LABEL_WORDS: dict[str, tuple[str | None, ...]] = {"digits": DIGIT_WORDS, "fashion": FASHION_WORDS}
 _TEST_EVERY = 5
@@ -70,7 +70,7 @@ def resolve_words(label_words: str | Sequence[str | None]) -> tuple[str | None, 
     named = [word for word in words if word is not None]
     if len(named) < 2 or len(set(named)) != len(named) or any(not w or len(w.split()) != 1 for w in named):
         raise DataError(
-            f"CanvasTask: label_words must be two or more different single words (None leaves a label out); got {words}. "
+            f"CanvasTask: label_words must be two or more different words without spaces; got {words}. "
             "Join the parts of a name, e.g. 'tshirt'."
         )
     return words
@@ -93,8 +93,8 @@ def load_bank(source: str | Path, split: str, cell: int, words: tuple[str | None
     for label, found in zip(kept, rows, strict=True):
         if len(found) == 0:
             raise DataError(
-                f"CanvasTask: source must hold scans of every word; got none of {words[label]!r} (label {label}) in the "
-                f"{split} split of {source}. Leave the word out of label_words with None."
+                f"CanvasTask: source must hold scans of every word; got none of {words[label]!r} (label {label}) "
+                f"in the {split} split of {source}. Leave the word out of label_words with None."
             )
     pixels = torch.from_numpy(images[np.concatenate(rows)])[:, None]
     pixels = torch.nn.functional.interpolate(pixels, size=(cell, cell), mode="bilinear", antialias=True)
