@@ -228,13 +228,14 @@ class CanvasTask:
     def _draw_images(self, grids: NDArray[np.int64], split: str, rng: np.random.Generator) -> Tensor:
         generator = torch.Generator().manual_seed(int(rng.integers(2**62)))  # twice as fast as numpy's normals
         shape = (*grids.shape, self.cell * self.cell)
-        pixels = torch.randn(shape, generator=generator, dtype=torch.float32).mul_(self.noise).numpy()
+        pixels = torch.randn(shape, generator=generator, dtype=torch.float32).numpy()
+        pixels *= np.float32(self.noise)
         filled = grids >= 0
         pixels[filled] += self.banks[split].draw(grids[filled], rng)
         np.clip(pixels, 0, 1, out=pixels)
         n, c = self.grid, self.cell
         canvas = pixels.reshape(-1, n, n, c, c).transpose(0, 1, 3, 2, 4).reshape(-1, 1, n * c, n * c)
-        return torch.from_numpy(np.ascontiguousarray(canvas)).repeat(1, self.channels, 1, 1)
+        return torch.from_numpy(canvas.repeat(self.channels, 1))
 
     def batch(self, index: int, batch_size: int, *, split: str = "train") -> dict[str, Tensor]:
         """Batch number `index` of a split: always the same canvases for the same (seed, split, index, batch_size).
