@@ -20,7 +20,9 @@ _PUBLIC = {
         "CheckpointError",
         "DataError",
     ),
-    "mmkernels.ops": ("causal_conv1d", "causal_conv1d_update", "gated_rms_norm", "ssd_scan", "ssd_update"),
+    "mmkernels.ops.causal_conv1d.api": ("causal_conv1d", "causal_conv1d_update"),
+    "mmkernels.ops.gated_rms_norm.api": ("gated_rms_norm",),
+    "mmkernels.ops.ssd.api": ("ssd_scan", "ssd_update"),
 }
 _HOME = {name: module for module, names in _PUBLIC.items() for name in names}
 _SUBMODULES = ("data", "distill", "interop", "layers", "models", "ops", "testing")
@@ -28,18 +30,22 @@ _SUBMODULES = ("data", "distill", "interop", "layers", "models", "ops", "testing
 __all__ = ["__version__", *_HOME, *_SUBMODULES]
 
 if TYPE_CHECKING:
-    from mmkernels._dispatch import backends, explain, use_backend
-    from mmkernels.errors import (
-        BackendError,
-        CheckpointError,
-        ConfigError,
-        DataError,
-        DeviceError,
-        DtypeError,
-        MMKernelsError,
-        ShapeError,
-    )
-    from mmkernels.ops import causal_conv1d, causal_conv1d_update, gated_rms_norm, ssd_scan, ssd_update
+    from mmkernels._dispatch import backends as backends
+    from mmkernels._dispatch import explain as explain
+    from mmkernels._dispatch import use_backend as use_backend
+    from mmkernels.errors import BackendError as BackendError
+    from mmkernels.errors import CheckpointError as CheckpointError
+    from mmkernels.errors import ConfigError as ConfigError
+    from mmkernels.errors import DataError as DataError
+    from mmkernels.errors import DeviceError as DeviceError
+    from mmkernels.errors import DtypeError as DtypeError
+    from mmkernels.errors import MMKernelsError as MMKernelsError
+    from mmkernels.errors import ShapeError as ShapeError
+    from mmkernels.ops.causal_conv1d.api import causal_conv1d as causal_conv1d
+    from mmkernels.ops.causal_conv1d.api import causal_conv1d_update as causal_conv1d_update
+    from mmkernels.ops.gated_rms_norm.api import gated_rms_norm as gated_rms_norm
+    from mmkernels.ops.ssd.api import ssd_scan as ssd_scan
+    from mmkernels.ops.ssd.api import ssd_update as ssd_update
 
 
 def __getattr__(name: str) -> Any:

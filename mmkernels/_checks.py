@@ -38,7 +38,9 @@ class Sizes:
             ShapeError: another number of dimensions, or a size that contradicts an earlier tensor.
         """
         if not isinstance(value, torch.Tensor):
-            raise DtypeError(f"{self.function}: {argument} must be a tensor; got {type(value).__name__}. {remedy}".strip())
+            raise DtypeError(
+                f"{self.function}: {argument} must be a tensor; got {type(value).__name__}. {remedy}".strip()
+            )
         names = layout.split()
         shape = value.shape
         good = len(names) == len(shape)

@@ -31,11 +31,11 @@ class _Override(threading.local):
 _override = _Override()
 
 
-class BackendUnavailable(Exception):
+class BackendUnavailable(Exception):  # noqa: N818  (a state of the machine, not a mistake)
     """Raised by a backend's loader: the reason, in words, why this machine cannot run it."""
 
 
-class _Explained(Exception):
+class _Explained(Exception):  # noqa: N818  (carries an answer out of a call)
     def __init__(self, report: "Explanation"):
         self.report = report
 
@@ -89,7 +89,7 @@ class Backend:
         return self.reason
 
     def status(self) -> str:
-        """"ready" or a reason, without compiling anything."""
+        """Say "ready" or a reason, without compiling anything."""
         if self.impl is None and self.reason is None and self.probe is not None:
             return self.probe() or "ready"
         return self.unavailable() or "ready"

@@ -1,4 +1,4 @@
-"""The errors users see.  Each message names the argument, the expectation, what came, and the remedy - in that order."""
+"""The errors users see.  Each message names the argument, the expectation, what came, and the remedy."""
 
 import difflib
 from collections.abc import Iterable

@@ -27,7 +27,8 @@ class _Poison(TorchDispatchMode):
 def poisoned_allocations() -> Iterator[None]:
     """Fill every uninitialised floating tensor allocated inside the block with NaN (torch.empty and its relatives).
 
-    Native C++ kernels allocate through the same ATen calls; their own scratch memory is poisoned by the sanitizer build.
+    Native C++ kernels allocate through the same ATen calls; the sanitizer build watches their
+    own scratch memory.
     """
     with _Poison():
         yield

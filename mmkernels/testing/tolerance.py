@@ -1,7 +1,8 @@
 """The error bar of every numeric test, derived instead of chosen.
 
 A backend may be wrong by at most twice what a plain implementation in the same dtype is wrong, both measured against
-float64, plus one rounding of the output.  The rule is flash-attention's; the band keeps exact cases from asking for zero.
+float64, plus one rounding of the output.  The rule is flash-attention's; the band keeps exact cases from asking
+for zero.
 """
 
 import torch

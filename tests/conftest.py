@@ -1,0 +1,59 @@
+"""Shared fixtures: quiet threads, NaN-poisoned allocations, and the report of backends that ran."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("TQDM_DISABLE", "1")
+
+import pytest
+import torch
+
+from mmkernels.testing import poisoned_allocations
+
+_RAN: dict[tuple[str, str], int] = {}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def deterministic_threads():
+    torch.manual_seed(0)
+    torch.set_num_threads(min(2, os.cpu_count() or 1))
+
+
+@pytest.fixture
+def poison():
+    """Every uninitialised allocation inside the test is NaN."""
+    with poisoned_allocations():
+        yield
+
+
+@pytest.fixture
+def count_backend():
+    """Call it with (op, backend) for each verified pair; the terminal summary prints the totals."""
+
+    def count(op: str, backend: str) -> None:
+        _RAN[op, backend] = _RAN.get((op, backend), 0) + 1
+
+    return count
+
+
+def pytest_collection_modifyitems(config, items):
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(
+                    pytest.mark.skip(reason="no CUDA device on this machine; run `make gpu` on one that has")
+                )
+
+
+def pytest_terminal_summary(terminalreporter):
+    import mmkernels
+    from mmkernels._dispatch import registered
+
+    terminalreporter.section("backends")
+    table = mmkernels.backends()
+    for op in registered():
+        for backend, status in table[op].items():
+            ran = _RAN.get((op, backend), 0)
+            what = f"verified by {ran} contract checks" if ran else "no contract check ran"
+            terminalreporter.write_line(f"{op:<22}{backend:<11}{what}" + ("" if status == "ready" else f" - {status}"))
