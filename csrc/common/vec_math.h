@@ -1,0 +1,96 @@
+// exp, sigmoid, silu and softplus of a Vec.
+//
+// Error of the float versions against float64, in units in the last place (ulp) of the result, measured over the whole
+// range by tests/native/test_vec.py; "b" is baseline x86, which has no fused multiply-add:
+//
+//   exp       1 ulp (b: 2)   exp(-inf) = 0, exp(> 88.73) = inf, subnormal results rounded once, NaN stays NaN
+//   log1p_unit 3 ulp         of t in [0, 1]
+//   sigmoid   3 ulp (b: 4)   also in the tails: sigmoid(-100) is exp(-100), not 0
+//   silu      4 ulp (b: 5)   x * sigmoid(x)
+//   softplus  3 ulp (b: 4)   log(1 + exp(x)), and x itself above 20
+//
+// The double versions call libm lane by lane: double serves gradient checks, not speed.
+#pragma once
+
+#include "common/vec.h"
+
+namespace mmkernels::MMK_ISA_NS {
+
+// 2^n * value, -252 <= n <= 254, rounded once even where the result is subnormal.
+MMK_INLINE Vec<float> scale_by_power(Vec<float> value, Vec<float> n) {
+#if defined(__AVX512F__)
+  return _mm512_maskz_scalef_ps(0xffff, value.raw, n.raw);
+#else
+  using Bits = Vec<float>::Bits;
+  const Bits whole = __builtin_convertvector(n.raw, Bits);
+  const Bits part = whole >> 1;  // two factors, each a normal float; only the last product can round
+  const auto power = [](Bits exponent) { return bit_cast<Vec<float>::Raw>((bit_cast<Words>(exponent) + 127u) << 23); };
+  return value.raw * power(part) * power(whole - part);
+#endif
+}
+
+// exp(x) = 2^n e^r with n = round(x / ln 2) and |r| <= ln 2 / 2.  e^r is 1 + r + r^2 Q(r), Q the Chebyshev fit of
+// degree 4 (largest error 8e-9).  ln 2 is split so that n * (its first 9 bits) is exact.
+MMK_INLINE Vec<float> exp(Vec<float> x) {
+  using V = Vec<float>;
+  const V bounded = max(V(-104.0f), min(V(89.0f), x));  // beyond these the result is 0 or inf anyway
+  const V magic(0x1.8p23f);                             // adding it leaves the nearest integer in the last bits
+  const V n = fma(bounded, V(0x1.715476p0f), magic) - magic;
+  const V r = fma(n, V(0x1.bd0106p-13f), fma(n, V(-0x1.63p-1f), bounded));
+  V q = fma(V(0x1.6d110ap-10f), r, V(0x1.120b6ep-7f));
+  q = fma(q, r, V(0x1.55551ap-5f));
+  q = fma(q, r, V(0x1.5554dcp-3f));
+  q = fma(q, r, V(0.5f));
+  return scale_by_power(fma(q * r, r, r) + V(1.0f), n);
+}
+
+// log(1 + t) for 0 <= t <= 1, as 2 atanh(s) with s = t / (2 + t) <= 1/3: s times a fit of degree 5 in s^2.
+MMK_INLINE Vec<float> log1p_unit(Vec<float> t) {
+  using V = Vec<float>;
+  const V s = t / (t + V(2.0f));
+  const V w = s * s;
+  V p = fma(V(0x1.dba260p-4f), w, V(0x1.bc8cf8p-4f));
+  p = fma(p, w, V(0x1.24c926p-3f));
+  p = fma(p, w, V(0x1.9998d4p-3f));
+  p = fma(p, w, V(0x1.555556p-2f));
+  const V twice = s + s;
+  return fma(twice * w, p, twice);
+}
+
+template <class Function>
+MMK_INLINE Vec<double> by_lane(Vec<double> x, const Function& function) {
+  double lane[Vec<double>::size];
+  x.store(lane);
+  for (double& value : lane) value = function(value);
+  return Vec<double>::load(lane);
+}
+
+MMK_INLINE Vec<double> exp(Vec<double> x) {
+  return by_lane(x, [](double value) { return __builtin_exp(value); });
+}
+
+MMK_INLINE Vec<double> log1p_unit(Vec<double> t) {
+  return by_lane(t, [](double value) { return __builtin_log1p(value); });
+}
+
+// 1 / (1 + exp(-x)), from exp(-|x|) <= 1, which keeps its relative accuracy in the tails.
+template <class T>
+MMK_INLINE Vec<T> sigmoid(Vec<T> x) {
+  const Vec<T> one(T(1));
+  const Vec<T> e = exp(-abs(x));
+  return select<T>(x < Vec<T>(), e, one) / (one + e);
+}
+
+template <class T>
+MMK_INLINE Vec<T> silu(Vec<T> x) {
+  return x * sigmoid(x);
+}
+
+// max(x, 0) + log1p(exp(-|x|)), and x itself above 20, where the correction is below float32's rounding.
+template <class T>
+MMK_INLINE Vec<T> softplus(Vec<T> x) {
+  const Vec<T> smooth = max(Vec<T>(), x) + log1p_unit(exp(-abs(x)));
+  return select<T>(x > Vec<T>(T(20)), x, smooth);
+}
+
+}  // namespace mmkernels::MMK_ISA_NS

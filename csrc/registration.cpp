@@ -1,0 +1,47 @@
+// Every native op: its schema.  Implementations are registered where they are defined, in csrc/ops/<op>.cpp; the fake
+// kernels and the gradients are Python, in mmkernels/ops/<op>/_native.py.
+//
+// An output that a call does not want, or that belongs to an input it was not given, is an empty tensor.
+#include <torch/csrc/stable/library.h>
+
+#include <string>
+
+#include "common/isa.h"
+
+STABLE_TORCH_LIBRARY(mmkernels, m) {
+  m.def(
+      "gated_rms_norm_fwd(Tensor x, Tensor weight, Tensor? z, Tensor? bias, float eps, int group_size, "
+      "bool norm_before_gate) -> (Tensor y, Tensor rstd)");
+  m.def(
+      "gated_rms_norm_bwd(Tensor grad_y, Tensor x, Tensor weight, Tensor? z, Tensor? bias, Tensor rstd, "
+      "int group_size, bool norm_before_gate, bool parameter_gradients) "
+      "-> (Tensor grad_x, Tensor grad_weight, Tensor grad_z, Tensor grad_bias)");
+
+  // The instruction set in use, the best this CPU has, and a way for tests to lower it.
+  m.def("isa() -> str");
+  m.def("best_isa() -> str");
+  m.def("set_isa(str level) -> ()");
+}
+
+namespace {
+
+std::string isa() { return mmkernels::kIsaNames[static_cast<int>(mmkernels::current_isa())]; }
+std::string best_isa() { return mmkernels::kIsaNames[static_cast<int>(mmkernels::best_isa())]; }
+
+void set_isa(std::string level) {
+  for (int i = 0; i < mmkernels::kIsaCount; ++i) {
+    if (level == mmkernels::kIsaNames[i]) {
+      STD_TORCH_CHECK(mmkernels::set_isa(static_cast<mmkernels::Isa>(i)), "this CPU cannot run ", level);
+      return;
+    }
+  }
+  STD_TORCH_CHECK(false, "set_isa: level must be baseline, avx2 or avx512; got ", level);
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(mmkernels, CompositeExplicitAutograd, m) {
+  m.impl("isa", TORCH_BOX(&isa));
+  m.impl("best_isa", TORCH_BOX(&best_isa));
+  m.impl("set_isa", TORCH_BOX(&set_isa));
+}
