@@ -56,9 +56,8 @@ def causal_conv1d_update(
     state_indices: Tensor | None,
 ) -> Tensor:
     """See mmkernels.causal_conv1d_update."""
-    taps = _taps(weight, x.dtype)
-    tokens = x.unsqueeze(1) if x.dim() == 2 else x
-    new = tokens.shape[1]
+    acc = torch.promote_types(x.dtype, torch.float32)
+    new = x.unsqueeze(2) if x.dim() == 2 else x.transpose(1, 2)
     if state_indices is None or x.shape[0] == 0:
         valid, slots, before = None, None, conv_state
     else:
@@ -66,18 +65,25 @@ def causal_conv1d_update(
         # has to be counted (no device sync, no data-dependent shape) and nobody's state changes.
         valid = state_indices >= 0
         rows = torch.where(valid, torch.arange(valid.shape[0], device=x.device), valid.int().argmax())
-        tokens, valid_rows = tokens[rows], valid[rows]
+        new = new[rows]
         slots = state_indices.long().clamp(min=0)[rows]
         before = conv_state[slots]
-    inputs = torch.cat([before.transpose(1, 2).to(taps.dtype), tokens.to(taps.dtype)], dim=1)
-    y = _window_sum(inputs, taps, None if bias is None else bias.to(taps.dtype), new, activation == "silu").to(x.dtype)
-    after = torch.cat([before, tokens.transpose(1, 2).to(conv_state.dtype)], dim=2)[:, :, new:]
+    width = weight.shape[1]
+    inputs = torch.cat([before.to(x.dtype), new], dim=2)
+    window, taps = inputs[:, :, before.shape[2] - width + 1 :].to(acc), weight.to(acc)
+    y = window[:, :, width - 1 :] * taps[:, -1:]
+    for k in range(width - 1):
+        y = torch.addcmul(y, window[:, :, k : k + new.shape[2]], taps[:, k : k + 1])
+    y = y if bias is None else y + bias.to(acc).unsqueeze(1)
+    y = (F.silu(y) if activation == "silu" else y).to(x.dtype)
+    after = inputs if conv_state.dtype == x.dtype else torch.cat([before, new.to(conv_state.dtype)], dim=2)
+    after = after[:, :, new.shape[2] :]
     if slots is None or valid is None:
         conv_state.copy_(after)
     else:
-        conv_state.index_copy_(0, slots, torch.where(valid_rows[:, None, None], after, before))
+        conv_state.index_copy_(0, slots, torch.where(valid[rows][:, None, None], after, before))
         y = torch.where(valid[:, None, None], y, 0)
-    return y.squeeze(1) if x.dim() == 2 else y
+    return y.squeeze(2) if x.dim() == 2 else y.transpose(1, 2)
 
 
 def _taps(weight: Tensor, dtype: torch.dtype) -> Tensor:

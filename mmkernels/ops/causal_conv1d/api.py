@@ -89,9 +89,9 @@ def causal_conv1d(
         x's dtype: the last width-1 raw inputs in scan order, oldest first, zeros where there were none.
 
     Raises:
-        ShapeError: sizes disagree, or cu_seqlens with a batch other than 1.
+        ShapeError: sizes disagree, or cu_seqlens with a batch other than 1 or together with seq_idx.
         DtypeError: a dtype outside the four, or ids that are not integers.
-        ConfigError: an unknown activation, or seq_idx together with cu_seqlens.
+        ConfigError: an unknown activation.
 
     Numerics: products and sums in float32 (float64 for float64), rounded once on output; deterministic.
     Cost: 2 * width flops and one read and one write per element of x.
@@ -108,7 +108,7 @@ def causal_conv1d(
     sizes.bind("x", x, "batch seqlen dim", "Channels come last; use x.transpose(1, 2) if they came second.")
     _check_filter(sizes, x, weight, bias, activation)
     if seq_idx is not None and cu_seqlens is not None:
-        raise ConfigError(
+        raise ShapeError(
             f"{function}: seq_idx must be None when cu_seqlens is given; got both. Keep the one that fits the batch."
         )
     if seq_idx is not None:
