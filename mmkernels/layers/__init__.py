@@ -1,0 +1,7 @@
+"""State-space mixers as nn.Modules: they take sizes, not configurations, and their states go in and come out."""
+
+from mmkernels.layers.grouped_mamba2 import GroupedMamba2Mixer
+from mmkernels.layers.mamba2 import Mamba2Block, Mamba2Mixer
+from mmkernels.layers.norm import GatedRMSNorm
+
+__all__ = ["GatedRMSNorm", "GroupedMamba2Mixer", "Mamba2Block", "Mamba2Mixer"]
