@@ -110,6 +110,8 @@ def _whole(
 ) -> Tensor:
     # The convolution from zero states as one differentiable expression.
     rows = x.to(taps.dtype)
+    if keep is not None:  # padding may hold anything: not even 0 * NaN may reach the gradient of the taps
+        rows = torch.where(keep[..., None], rows, 0)
     y = rows * taps[0] if bias is None else rows * taps[0] + bias
     for s in range(1, min(taps.shape[0], x.shape[1])):
         tap = rows[:, s:] if reverse else rows[:, :-s]
@@ -138,7 +140,7 @@ class _Convolution(torch.autograd.Function):
         ctx.silu, ctx.reverse = silu, reverse
         y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         for start, stop in _blocks(x):
-            out = _Block(x, taps, runs, reverse, start, stop).convolve(bias)
+            out = _Block(x, taps, runs, keep, reverse, start, stop).convolve(bias)
             out = F.silu(out, inplace=True) if silu else out
             y[:, start:stop] = out if keep is None else out.masked_fill_(~keep[:, start:stop, None], 0)
         return y
@@ -158,7 +160,7 @@ class _Convolution(torch.autograd.Function):
         dbias = torch.zeros_like(bias) if wanted[2] else None
         # A block adds to rows of blocks before it in scan order, so those must have been written.
         for start, stop in reversed(_blocks(x)) if ctx.reverse else _blocks(x):
-            block = _Block(x, taps, runs, ctx.reverse, start, stop)
+            block = _Block(x, taps, runs, keep, ctx.reverse, start, stop)
             dout = grad[:, start:stop].to(taps.dtype)
             if keep is not None:
                 dout = dout.masked_fill(~keep[:, start:stop, None], 0)
@@ -177,14 +179,25 @@ def _blocks(x: Tensor) -> list[tuple[int, int]]:
 
 
 class _Block:
-    """Tokens start..stop and the tokens they read, in the accumulation dtype."""
+    """Tokens start..stop and the tokens they read, in the accumulation dtype, padding zeroed."""
 
-    def __init__(self, x: Tensor, taps: Tensor, runs: Tensor | None, reverse: bool, start: int, stop: int):
+    def __init__(
+        self,
+        x: Tensor,
+        taps: Tensor,
+        runs: Tensor | None,
+        keep: Tensor | None,
+        reverse: bool,
+        start: int,
+        stop: int,
+    ):
         self.taps, self.runs, self.reverse, self.start, self.stop = taps, runs, reverse, start, stop
         self.seqlen, reach = x.shape[1], taps.shape[0] - 1
         self.first = start if reverse else max(start - reach, 0)
         last = min(stop + reach, self.seqlen) if reverse else stop
         self.rows = x[:, self.first : last].to(taps.dtype)
+        if keep is not None:
+            self.rows = torch.where(keep[:, self.first : last, None], self.rows, 0)
 
     def tap(self, s: int) -> tuple[slice, slice, Tensor | None]:
         """Tokens with a tap s steps back, the tokens it reads, and where both are in one run."""
@@ -255,7 +268,8 @@ def _continue_batch(
     # Recompute the outputs that read initial states: the first width-1 in scan order, where still in run 0.
     count = min(taps.shape[0] - 1, x.shape[1])
     edge = slice(x.shape[1] - count, x.shape[1]) if reverse else slice(0, count)
-    first = x[:, edge].flip(1) if reverse else x[:, edge]
+    first = x[:, edge] if runs is None else torch.where((runs[:, edge] == 0)[..., None], x[:, edge], 0)
+    first = first.flip(1) if reverse else first
     inputs = torch.cat([initial.transpose(1, 2).to(taps.dtype), first.to(taps.dtype)], dim=1)
     head = _window_sum(inputs, taps, bias, count, silu).to(x.dtype)
     head = head.flip(1) if reverse else head
