@@ -1,4 +1,4 @@
-"""Reference models.  Installed as `mmkernels.models`; the folder stands at the top of the repository for its readers."""
+"""Reference models, installed as `mmkernels.models`; the folder stands at the top of the repository for its readers."""
 
 if __name__ != "mmkernels.models":
     raise ImportError(

@@ -1,6 +1,6 @@
 """mmMamba and its teacher HoVLE: configuration, model, processor, converters; registered with the Auto classes."""
 
-from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText
+from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor
 
 from mmkernels.models.mmmamba.configuration_mmmamba import MMMambaConfig, head_interleaved, layer_types_keeping
 from mmkernels.models.mmmamba.modeling_mmmamba import (
@@ -8,16 +8,22 @@ from mmkernels.models.mmmamba.modeling_mmmamba import (
     MMMambaModel,
     MMMambaPreTrainedModel,
 )
+from mmkernels.models.mmmamba.processing_mmmamba import MMMambaProcessor
+from mmkernels.models.mmmamba.tiling_mmmamba import ImageTiler, load_image
 
 AutoConfig.register(MMMambaConfig.model_type, MMMambaConfig)
 AutoModel.register(MMMambaConfig, MMMambaModel)
 AutoModelForImageTextToText.register(MMMambaConfig, MMMambaForConditionalGeneration)
+AutoProcessor.register(MMMambaConfig, MMMambaProcessor)
 
 __all__ = [
+    "ImageTiler",
     "MMMambaConfig",
     "MMMambaForConditionalGeneration",
     "MMMambaModel",
     "MMMambaPreTrainedModel",
+    "MMMambaProcessor",
     "head_interleaved",
     "layer_types_keeping",
+    "load_image",
 ]

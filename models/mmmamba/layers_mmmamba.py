@@ -175,7 +175,7 @@ class MMMambaMamba2(GroupedMamba2Mixer):
         )
         self.layer_idx = layer_idx
 
-    def forward(
+    def forward(  # type: ignore[override]
         self,
         hidden_states: torch.Tensor,
         *,
@@ -188,11 +188,12 @@ class MMMambaMamba2(GroupedMamba2Mixer):
     ) -> torch.Tensor:
         """(batch, seqlen, hidden) to the same; order comes from convolution and decay, so `rotary` is not used."""
         if past_key_values is None:
-            return self.o_proj(self.context(hidden_states, attention_mask=padding_mask, seq_idx=seq_idx))
+            context = self.context(hidden_states, attention_mask=padding_mask, seq_idx=seq_idx)
+            return self.o_proj(context)
         cache, layer = past_key_values, self.layer_idx
         conv_state, ssm_state = cache.get_conv_state(layer), cache.get_recurrent_state(layer)
-        warm = conv_state is not None and ssm_state is not None
-        if warm and hidden_states.shape[1] == 1 and padding_mask is None and not torch.is_grad_enabled():
+        one_token = hidden_states.shape[1] == 1 and padding_mask is None and not torch.is_grad_enabled()
+        if one_token and conv_state is not None and ssm_state is not None:
             return self.step(hidden_states[:, 0], conv_state, ssm_state)[:, None]  # in place: nothing to write back
         context, conv_state, ssm_state = self.context(
             hidden_states,

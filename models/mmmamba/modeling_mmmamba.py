@@ -55,7 +55,11 @@ class MMMambaPreTrainedModel(PreTrainedModel):
             init.normal_(module.position_embedding, mean=0.0, std=self.config.initializer_range)
         elif isinstance(module, MMMambaMamba2):
             # Runs after the module's children: the generic rule must not have the last word on decay and step size.
-            module.reset_parameters()
+            loaded = [p for p in module.parameters() if getattr(p, "_is_hf_initialized", False)]
+            values = [p.clone() for p in loaded]
+            module.reset_new_parameters()
+            for parameter, value in zip(loaded, values, strict=True):
+                parameter.copy_(value)
 
     def decoder_layers(self) -> list[MMMambaDecoderLayer]:
         """All layers in the order they run: embedding layers, then decoder layers (the indices of `layer_types`)."""
