@@ -4,7 +4,7 @@ A canvas has grid x grid cells, a third to two thirds of them hold a scan; the r
 function of (seed, split, i), so a run resumes at a batch number and ranks take turns without talking.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -304,6 +304,20 @@ class CanvasTask:
         while stop is None or index < stop:
             yield self.batch(index, batch_size, split=split)
             index += 1
+
+    def source(self, split: str = "train") -> Callable[[int, int], dict[str, Tensor]]:
+        """A function from (batch number, batch size) to a batch that models and `mmkernels.distill` take as it is.
+
+        To `batch` it adds pixel_values (the images as they are, in [0, 1]) and answer_mask, True at the last position.
+        """
+
+        def fetch(index: int, size: int) -> dict[str, Tensor]:
+            batch = self.batch(index, size, split=split)
+            answer = torch.zeros(batch["input_ids"].shape, dtype=torch.bool)
+            answer[:, -1] = True
+            return {**batch, "pixel_values": batch["images"], "answer_mask": answer}
+
+        return fetch
 
     def save_examples(self, path: str | Path, *, count: int = 8, split: str = "test", zoom: int = 3) -> Path:
         """Writes a PNG sheet of canvases with their questions and answers below, and returns its path."""

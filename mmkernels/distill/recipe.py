@@ -156,6 +156,30 @@ class DistillRecipe:
             _one_of(f"DistillRecipe {self.name!r}", "stage", name, known)
         return dataclasses.replace(self, stages=tuple(stage for stage in self.stages if stage.name in names))
 
+    def scaled(self, factor: float) -> "DistillRecipe":
+        """The recipe with every stage's steps multiplied by `factor` and rounded, one step at least: for smoke tests.
+
+        Raises:
+            ConfigError: factor is not positive.
+        """
+        _require(f"DistillRecipe {self.name!r}", "factor", factor, factor > 0, "be positive")
+
+        def scale(stage: StageConfig) -> StageConfig:
+            warmup, stable, decay = (
+                round(n * factor) for n in (stage.warmup_steps, stage.stable_steps, stage.decay_steps)
+            )
+            stable = max(stable, 1 - warmup - decay)
+            steps = (
+                None
+                if stage.max_steps is None
+                else max(1, min(round(stage.max_steps * factor), warmup + stable + decay))
+            )
+            return dataclasses.replace(
+                stage, warmup_steps=warmup, stable_steps=stable, decay_steps=decay, max_steps=steps
+            )
+
+        return dataclasses.replace(self, stages=tuple(scale(stage) for stage in self.stages))
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as a YAML or JSON file holds them; `from_dict` reads them back to an equal recipe."""
         return _plain(dataclasses.asdict(self))

@@ -3,12 +3,10 @@
 Source: mmMamba (arXiv 2502.13145) section 4.1; the initial values were read from the behaviour of the official code.
 """
 
-import math
-from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mmkernels.errors import ConfigError, ShapeError, nearest
 
@@ -16,9 +14,6 @@ if TYPE_CHECKING:
     from mmkernels.layers import GroupedMamba2Mixer
 
 STRATEGIES = ("scratch", "inherit", "inherit_mimic")
-STEP_RANGE = (1e-3, 1e-1)  # initial step sizes D0, log-uniform
-DECAY_LOG = 1.0  # A = -exp(1): per-token decay exp(-e D0) between 0.762 and 0.9973
-GATE_GAIN = 2**-2.5
 
 
 def split_fused_qkv(weight: Tensor, *, heads: int, kv_heads: int, head_dim: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -90,18 +85,6 @@ def _group(function: str, heads: int, kv_heads: int) -> int:
     return heads // kv_heads
 
 
-def initial_steps(count: int, generator: torch.Generator | None = None) -> Tensor:
-    """(count,) float32 step sizes D0, log-uniform in `STEP_RANGE`."""
-    low, high = (math.log(bound) for bound in STEP_RANGE)
-    steps = torch.exp(torch.rand(count, generator=generator) * (high - low) + low)
-    return steps.clamp(*STEP_RANGE)  # exp(log) may round a hair outside
-
-
-def inverse_softplus(x: Tensor) -> Tensor:
-    """The y with softplus(y) = x > 0: x + log(1 - exp(-x)), without cancellation for small x."""
-    return x + torch.log(-torch.expm1(-x))
-
-
 @torch.no_grad()
 def seed_mixer(
     mixer: "GroupedMamba2Mixer",
@@ -130,69 +113,35 @@ def seed_mixer(
         q_weight: (nheads*headdim, d_model); k_weight, v_weight: (nkvheads*headdim, d_model); o_weight: (d_model,
             nheads*headdim).
         strategy: "scratch", "inherit" or "inherit_mimic".
-        generator: source of the random values, a CPU generator; None = torch's global one.
+        generator: a CPU generator that decides the random values; None = torch's global one.
 
     Raises:
         ShapeError: a weight does not fit the mixer.
-        ConfigError: an unknown strategy, or a mixer with parameters that seeding does not know.
+        ConfigError: an unknown strategy.
 
-    Numerics: random values are drawn in float32 on the CPU whatever the mixer's dtype and device.
+    Numerics: one number is taken from the generator and seeds torch while the mixer is drawn; the global random states
+        are put back.  Values on the CPU and on a GPU differ, as torch's generators do.
     Source: mmMamba section 4.1 and its ablation (Table 4).
     """
     if strategy not in STRATEGIES:
         raise ConfigError(f"seed_mixer: strategy must be known; got {strategy!r}. {nearest(strategy, STRATEGIES)}")
-    values: dict[str, Tensor] = {"o_proj.weight": o_weight}
-    sources = {"q_proj.weight": q_weight, "k_proj.weight": k_weight, "v_proj.weight": v_weight}
-    parameters = dict(mixer.named_parameters())
-    for name, weight in {**sources, **values}.items():
-        if weight.shape != parameters[name].shape:
+    pairs = {
+        "q_weight": (mixer.q_proj.weight, q_weight),
+        "k_weight": (mixer.k_proj.weight, k_weight),
+        "v_weight": (mixer.v_proj.weight, v_weight),
+        "o_weight": (mixer.o_proj.weight, o_weight),
+    }
+    for name, (parameter, weight) in pairs.items():
+        if weight.shape != parameter.shape:
             raise ShapeError(
-                f"seed_mixer: {name[0]}_weight must have shape {tuple(parameters[name].shape)}; got "
-                f"{tuple(weight.shape)}. The mixer must have the heads of the attention it replaces."
+                f"seed_mixer: {name} must have shape {tuple(parameter.shape)}; got {tuple(weight.shape)}. "
+                "The mixer must have the heads of the attention it replaces."
             )
-    width = parameters["q_proj.weight"].shape[1]
-    for name, weight in sources.items():
-        values[name] = weight if strategy != "scratch" else _uniform(weight.shape, width**-0.5, generator)
-    values.update(_new_values(parameters, strategy == "inherit_mimic", generator))
-    unknown = sorted(parameters.keys() - values.keys())
-    if unknown:
-        raise ConfigError(
-            f"seed_mixer: mixer must have known parameters only; got {', '.join(unknown)}. "
-            "Seed an untouched GroupedMamba2Mixer, before adapters or extra layers are attached."
-        )
-    for name, parameter in parameters.items():
-        parameter.copy_(values[name])
-
-
-def _uniform(shape: Iterable[int], bound: float, generator: torch.Generator | None) -> Tensor:
-    return torch.empty(tuple(shape)).uniform_(-bound, bound, generator=generator)
-
-
-def _new_values(
-    parameters: dict[str, nn.Parameter], mimic: bool, generator: torch.Generator | None
-) -> dict[str, Tensor]:
-    """Values of every parameter that attention does not have, drawn in the order of their names."""
-    values: dict[str, Tensor] = {}
-    for name in sorted(parameters):
-        shape = parameters[name].shape
-        if name == "conv1d.weight" and mimic:
-            values[name] = torch.zeros(shape)
-            values[name][..., -1] = 1
-        elif name == "conv1d.bias" and mimic:
-            values[name] = torch.zeros(shape)
-        elif name in ("conv1d.weight", "conv1d.bias"):
-            values[name] = _uniform(shape, parameters["conv1d.weight"].shape[-1] ** -0.5, generator)
-        elif name == "in_proj.weight":
-            values[name] = torch.zeros(shape) if mimic else _uniform(shape, shape[1] ** -0.5, generator)
-        elif name == "dt_bias":
-            values[name] = inverse_softplus(initial_steps(shape[0], generator)) if mimic else torch.zeros(shape)
-        elif name == "A_log_bias":
-            scratch = torch.empty(shape).uniform_(1, 16, generator=generator).log()
-            values[name] = torch.full(shape, DECAY_LOG) if mimic else scratch
-        elif name == "g_proj.weight":
-            values[name] = _uniform(shape, GATE_GAIN * (6 / (shape[0] + shape[1])) ** 0.5, generator)
-        elif name.endswith("norm.weight") or name == "D":
-            values[name] = torch.ones(shape)
-        elif name.endswith("norm.bias"):
-            values[name] = torch.zeros(shape)
-    return values
+    seed = int(torch.randint(2**62, (), generator=generator))
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        mixer.reset_parameters()
+        mixer.reset_new_parameters("mimic" if strategy == "inherit_mimic" else "default")
+    for name, (parameter, weight) in pairs.items():
+        if strategy != "scratch" or name == "o_weight":
+            parameter.copy_(weight)

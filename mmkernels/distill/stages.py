@@ -152,7 +152,7 @@ def layerwise_loss(
 ) -> StageLoss:
     """Stages 1 and 2: every student mixer imitates the teacher's on the teacher's own hidden state.
 
-    loss = scale * mean over linear layers i of MSE(mixer_i(u_i), teacher mixer_i(u_i)),  u_i = input of the teacher's mixer
+    loss = scale * mean over linear layers i of MSE(mixer_i(u_i), teacher mixer_i(u_i)),  u_i = teacher mixer's input
 
     The network runs as the teacher, so errors do not pile up over depth and gradients are local to a layer.
 
