@@ -9,12 +9,16 @@
 #include "common/isa.h"
 
 STABLE_TORCH_LIBRARY(mmkernels, m) {
+  // Three of each: for inference, for training (with what the backward reads), and the backward.
+  m.def(
+      "gated_rms_norm(Tensor x, Tensor weight, Tensor? z, Tensor? bias, float eps, int group_size, "
+      "bool norm_before_gate) -> Tensor");
   m.def(
       "gated_rms_norm_fwd(Tensor x, Tensor weight, Tensor? z, Tensor? bias, float eps, int group_size, "
       "bool norm_before_gate) -> (Tensor y, Tensor rstd)");
   m.def(
       "gated_rms_norm_bwd(Tensor grad_y, Tensor x, Tensor weight, Tensor? z, Tensor? bias, Tensor rstd, "
-      "int group_size, bool norm_before_gate, bool parameter_gradients) "
+      "float eps, int group_size, bool norm_before_gate, bool parameter_gradients) "
       "-> (Tensor grad_x, Tensor grad_weight, Tensor grad_z, Tensor grad_bias)");
 
   // The instruction set in use, the best this CPU has, and a way for tests to lower it.

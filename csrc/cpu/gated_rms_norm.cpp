@@ -34,8 +34,7 @@ MMK_INLINE A forward_group(int64_t n, A eps, const T* x, const T* z, const A* w,
     }
     squares = fma(v, v, squares);
   });
-  const A rstd = A(1) / (sizeof(A) == 4 ? A(__builtin_sqrtf(float(sum(squares) / A(n) + eps)))
-                                        : A(__builtin_sqrt(double(sum(squares) / A(n) + eps))));
+  const A rstd = A(1) / A(__builtin_sqrt(double(sum(squares) / A(n) + eps)));
   for_lanes<V>(n, [&](int64_t i, auto lanes) {
     V v;
     if constexpr (gate == gate_first) {
@@ -60,9 +59,10 @@ void forward(const GatedRmsNormForward& a) {
     for (int64_t r = begin; r < end; ++r) {
       for (int64_t g = 0; g < groups; ++g) {
         const int64_t at = g * a.group_size, parameter = g * a.parameter_stride;
-        static_cast<A*>(a.rstd)[r * groups + g] = forward_group<T, gate, A>(
+        const A rstd = forward_group<T, gate, A>(
             a.group_size, A(a.eps), row_of<T>(a.x, r) + at, gate == no_gate ? nullptr : row_of<T>(a.z, r) + at,
             group_of<A>(a.weight, parameter), group_of<A>(a.bias, parameter), row_of<T>(a.y, r) + at, kept);
+        if (a.rstd != nullptr) static_cast<A*>(a.rstd)[r * groups + g] = rstd;
       }
     }
   });

@@ -23,7 +23,7 @@ struct GatedRmsNorm {
 
 struct GatedRmsNormForward : GatedRmsNorm {
   RowsOut y;
-  void* rstd;  // (rows, dim / group_size): 1 / sqrt(mean square + eps)
+  void* rstd;  // (rows, dim / group_size): 1 / sqrt(mean square + eps); null: not wanted
 };
 
 struct GatedRmsNormBackward : GatedRmsNorm {

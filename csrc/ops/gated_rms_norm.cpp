@@ -52,19 +52,30 @@ struct Inputs {
   }
 };
 
+Tensor run_forward(const Inputs& inputs, const Tensor& x, double eps, int64_t group_size, bool norm_before_gate,
+                   void* rstd) {
+  Tensor y = empty(sizes_of(x), x.scalar_type());
+  GatedRmsNormForward call;
+  inputs.fill(call, group_size, norm_before_gate);
+  call.eps = eps;
+  call.y = {y.mutable_data_ptr(), inputs.x.dim};
+  call.rstd = rstd;
+  gated_rms_norm_fwd(call);
+  return y;
+}
+
+Tensor inference(const Tensor& x, const Tensor& weight, const MaybeTensor& z, const MaybeTensor& bias, double eps,
+                 int64_t group_size, bool norm_before_gate) {
+  return run_forward(Inputs(x, weight, z, bias, group_size), x, eps, group_size, norm_before_gate, nullptr);
+}
+
 std::tuple<Tensor, Tensor> forward(const Tensor& x, const Tensor& weight, const MaybeTensor& z, const MaybeTensor& bias,
                                    double eps, int64_t group_size, bool norm_before_gate) {
   const Inputs inputs(x, weight, z, bias, group_size);
   std::vector<int64_t> statistics = sizes_of(x);
   statistics.back() /= group_size;
-  Tensor y = empty(sizes_of(x), x.scalar_type());
   Tensor rstd = empty(statistics, inputs.arithmetic);
-  GatedRmsNormForward call;
-  inputs.fill(call, group_size, norm_before_gate);
-  call.eps = eps;
-  call.y = {y.mutable_data_ptr(), inputs.x.dim};
-  call.rstd = rstd.mutable_data_ptr();
-  gated_rms_norm_fwd(call);
+  Tensor y = run_forward(inputs, x, eps, group_size, norm_before_gate, rstd.mutable_data_ptr());
   return {y, rstd};
 }
 
@@ -78,7 +89,7 @@ Tensor parameter_gradient(const Tensor& partial, int64_t blocks, const Tensor& p
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_y, const Tensor& x, const Tensor& weight,
                                                     const MaybeTensor& z, const MaybeTensor& bias, const Tensor& rstd,
-                                                    int64_t group_size, bool norm_before_gate,
+                                                    double eps, int64_t group_size, bool norm_before_gate,
                                                     bool parameter_gradients) {
   const Inputs inputs(x, weight, z, bias, group_size);
   check_same(grad_y, x, "grad_y");
@@ -89,7 +100,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_y, const 
 
   GatedRmsNormBackward call;
   inputs.fill(call, group_size, norm_before_gate);
-  call.eps = 0;  // part of rstd
+  call.eps = eps;
   call.grad_y = grad_rows.in();
   call.rstd = statistics.const_data_ptr();
   call.grad_x = {grad_x.mutable_data_ptr(), inputs.x.dim};
@@ -112,6 +123,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_y, const 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(mmkernels, CPU, m) {
+  m.impl("gated_rms_norm", TORCH_BOX(&inference));
   m.impl("gated_rms_norm_fwd", TORCH_BOX(&forward));
   m.impl("gated_rms_norm_bwd", TORCH_BOX(&backward));
 }

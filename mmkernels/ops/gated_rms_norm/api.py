@@ -9,6 +9,7 @@ import torch
 
 from mmkernels._checks import Sizes, floating, same_device
 from mmkernels._dispatch import Backend, Op
+from mmkernels._gradients import untracked_transform
 from mmkernels.errors import ShapeError
 
 
@@ -41,7 +42,7 @@ GATED_RMS_NORM = Op(
     key="x",
     public="mmkernels.ops.gated_rms_norm.api.gated_rms_norm",
     backends=[
-        Backend("native", _native, devices=("cpu",), probe=_probe_native),
+        Backend("native", _native, devices=("cpu",), declines=untracked_transform, probe=_probe_native),
         Backend("torch", _torch),
         Backend("reference", _reference),
     ],
