@@ -70,10 +70,8 @@ def causal_conv1d_update(
         before = conv_state[slots]
     width = weight.shape[1]
     inputs = torch.cat([before.to(x.dtype), new], dim=2)
-    window, taps = inputs[:, :, before.shape[2] - width + 1 :].to(acc), weight.to(acc)
-    y = window[:, :, width - 1 :] * taps[:, -1:]
-    for k in range(width - 1):
-        y = torch.addcmul(y, window[:, :, k : k + new.shape[2]], taps[:, k : k + 1])
+    windows = inputs[:, :, before.shape[2] - width + 1 :].to(acc).unfold(2, width, 1)
+    y = (windows * weight.to(acc).unsqueeze(1)).sum(3)
     y = y if bias is None else y + bias.to(acc).unsqueeze(1)
     y = (F.silu(y) if activation == "silu" else y).to(x.dtype)
     after = inputs if conv_state.dtype == x.dtype else torch.cat([before, new.to(conv_state.dtype)], dim=2)
