@@ -16,7 +16,7 @@ class DemoSettings:
         label_words: names of the labels: "digits" or "fashion".
         seed: of data, initial weights and question sets.
         teacher_steps: optimiser steps of the teacher (batches of `batch_size` canvases).
-        batch_size: canvases a step, for the teacher and for the distillation.
+        batch_size: canvases a step of the teacher (a stage's batch is in the recipe).
         stage_scale: multiplies the number of steps of every distillation stage.
         questions: size of the test set.
         contexts: context lengths at which decoding is timed.
@@ -27,8 +27,8 @@ class DemoSettings:
     source: str = "digits"
     label_words: str = "digits"
     seed: int = 0
-    teacher_steps: int = 1000
-    batch_size: int = 48
+    teacher_steps: int = 1400
+    batch_size: int = 32
     stage_scale: float = 1.0
     questions: int = 2000
     contexts: tuple[int, ...] = field(default=(1024, 4096, 16384, 65536, 103_000))

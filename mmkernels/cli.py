@@ -1,0 +1,137 @@
+"""The `mmkernels` command: info, demo, generate, distill, convert.  Plain argparse, heavy imports only when needed."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from mmkernels.errors import MMKernelsError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of the console script; returns the exit status (2 for a mistake in the input)."""
+    arguments = _parser().parse_args(argv)
+    try:
+        return int(arguments.run(arguments) or 0)
+    except MMKernelsError as error:
+        print(f"mmkernels {arguments.command}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    from mmkernels import __version__
+
+    parser = argparse.ArgumentParser(prog="mmkernels", description="Make multimodal LLMs cheap, and measure it.")
+    parser.add_argument("--version", action="version", version=f"mmkernels {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    info = commands.add_parser("info", help="versions, native library, backends of every op and why not the rest")
+    info.set_defaults(run=_info)
+
+    demo = commands.add_parser("demo", help="train a teacher, make it linear, measure both (about 5 minutes)")
+    demo.add_argument("--out", type=Path, default=Path("out"), help="folder for the report and the models")
+    demo.add_argument("--source", default="digits", help='"digits" or a folder with MNIST-format idx files')
+    demo.add_argument("--labels", default="digits", help='names of the labels: "digits" or "fashion"')
+    demo.add_argument("--seed", type=int, default=0)
+    demo.add_argument("--quick", action="store_true", help="a tenth of the steps: a smoke test, not a result")
+    demo.add_argument("--no-controls", action="store_true", help="leave out the two control models")
+    demo.set_defaults(run=_demo)
+
+    generate = commands.add_parser("generate", help="ask a saved model about an image")
+    generate.add_argument(
+        "--model", type=Path, required=True, help="folder written by save_pretrained, e.g. out/linear"
+    )
+    generate.add_argument("--image", type=Path, required=True, help="any image file")
+    generate.add_argument("--question", required=True, help='e.g. "what is in the topleft ?"')
+    generate.add_argument(
+        "--max-new-tokens", type=int, default=None, help="default: what the model's configuration says"
+    )
+    generate.set_defaults(run=_generate)
+
+    distill = commands.add_parser("distill", help="run a distillation recipe on a saved teacher")
+    distill.add_argument(
+        "--config", type=Path, required=True, help="recipe YAML, e.g. models/mmmamba/recipes/demo.yaml"
+    )
+    distill.add_argument("--teacher", type=Path, default=Path("out/teacher"), help="folder written by save_pretrained")
+    distill.add_argument("--out", type=Path, required=True, help="folder for checkpoints, metrics and the student")
+    distill.add_argument("--source", default="digits", help="task data, as for demo")
+    distill.add_argument("--labels", default="digits", help="names of the labels, as for demo")
+    distill.add_argument("--resume", action="store_true", help="continue from the last checkpoint in --out")
+    distill.set_defaults(run=_distill)
+
+    convert = commands.add_parser("convert", help="convert an official HoVLE or mmMamba checkpoint")
+    convert.add_argument("source", type=Path, help="file or folder with the official weights")
+    convert.add_argument("destination", type=Path, help="folder to write (save_pretrained layout)")
+    convert.add_argument("--layout", default="auto", help="hovle, mmmamba, training, or auto")
+    convert.set_defaults(run=_convert)
+    return parser
+
+
+def _info(arguments: argparse.Namespace) -> int:
+    import torch
+
+    import mmkernels
+    from mmkernels import _native
+
+    print(f"mmkernels {mmkernels.__version__}, torch {torch.__version__}, Python {sys.version.split()[0]}")
+    print(f"CPU threads {torch.get_num_threads()}, CUDA {'yes' if torch.cuda.is_available() else 'no'}")
+    print("\nnative library")
+    for name, value in _native.status().items():
+        print(f"  {name:<12} {value}")
+    print("\nbackends")
+    print(mmkernels.backends())
+    return 0
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    from mmkernels.demo import DemoSettings, run_demo
+
+    scale = 0.1 if arguments.quick else 1.0
+    settings = DemoSettings(
+        out=arguments.out,
+        source=arguments.source,
+        label_words=arguments.labels,
+        seed=arguments.seed,
+        teacher_steps=max(1, round(DemoSettings.teacher_steps * scale)),
+        stage_scale=scale,
+        questions=500 if arguments.quick else DemoSettings.questions,
+        controls=not arguments.no_controls,
+    )
+    run_demo(settings)
+    return 0
+
+
+def _generate(arguments: argparse.Namespace) -> int:
+    from mmkernels.demo.answer import answer
+
+    print(answer(arguments.model, arguments.image, arguments.question, max_new_tokens=arguments.max_new_tokens))
+    return 0
+
+
+def _distill(arguments: argparse.Namespace) -> int:
+    from mmkernels.demo.distil import distil_saved_teacher
+
+    distil_saved_teacher(
+        arguments.config,
+        arguments.teacher,
+        arguments.out,
+        source=arguments.source,
+        label_words=arguments.labels,
+        resume=arguments.resume,
+    )
+    return 0
+
+
+def _convert(arguments: argparse.Namespace) -> int:
+    from mmkernels.models.mmmamba.convert_mmmamba import convert_checkpoint
+
+    convert_checkpoint(arguments.source, arguments.destination, layout=arguments.layout)
+    print(f"wrote {arguments.destination}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
