@@ -202,17 +202,17 @@ class MMMambaModel(MMMambaPreTrainedModel):
         masks = self._masks(embeds, attention_mask, position_ids, cache)
         if cache is not None:
             count_tokens(cache, embeds)
-        hidden, states = embeds, [embeds]
+        hidden, states = embeds, []
         for index, layer in enumerate(self.decoder_layers()):
             if index == self.config.num_embedding_layers and self.config.normalize_embedding_output:
                 hidden = F.normalize(hidden, dim=-1)
-            hidden = layer(hidden, past_key_values=cache, **masks, **kwargs)
             states.append(hidden)
+            hidden = layer(hidden, past_key_values=cache, **masks, **kwargs)
         hidden = self.norm(hidden)
         return BaseModelOutputWithPast(
             last_hidden_state=hidden,
             past_key_values=cache,
-            hidden_states=(*states[:-1], hidden) if output_hidden_states else None,
+            hidden_states=(*states, hidden) if output_hidden_states else None,
         )
 
 

@@ -1,6 +1,6 @@
 """Tiny models of every kind, with weights large enough that a wrong mask or state cannot hide in rounding."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -29,7 +29,7 @@ SIZES: dict[str, Any] = {
 }
 
 
-def tiny_config(kind: str = "hybrid", **overrides: Any) -> MMMambaConfig:
+def build_config(kind: str = "hybrid", **overrides: Any) -> MMMambaConfig:
     return MMMambaConfig(**{**SIZES, "layer_types": layer_types_keeping(LAYERS, KINDS[kind]), **overrides})
 
 
@@ -49,13 +49,22 @@ def liven(model: torch.nn.Module) -> None:
                 parameter.add_(0.1 * noise)
 
 
-def tiny_model(
+def build_model(
     kind: str = "hybrid", dtype: torch.dtype = torch.float64, **overrides: Any
 ) -> MMMambaForConditionalGeneration:
     torch.manual_seed(0)
-    model = MMMambaForConditionalGeneration(tiny_config(kind, **overrides)).to(dtype).eval()
+    model = MMMambaForConditionalGeneration(build_config(kind, **overrides)).to(dtype).eval()
     liven(model)
     return model
+
+
+@pytest.fixture(scope="package", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Tiny tensors lose more to waiting threads than they gain."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(params=sorted(KINDS))
@@ -63,6 +72,13 @@ def kind(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-@pytest.fixture
-def make() -> Callable[..., MMMambaForConditionalGeneration]:
-    return tiny_model
+@pytest.fixture(scope="session")
+def tiny_config() -> Callable[..., MMMambaConfig]:
+    """tiny_config(kind, **overrides)."""
+    return build_config
+
+
+@pytest.fixture(scope="session")
+def tiny_model() -> Callable[..., MMMambaForConditionalGeneration]:
+    """tiny_model(kind, dtype, **overrides), livened and in eval mode."""
+    return build_model

@@ -8,10 +8,9 @@ import torch
 from transformers import DynamicCache
 
 from mmkernels.errors import ConfigError, ShapeError
-from tests.models.conftest import tiny_model
 
 # float64 throughout.  Paths differ in the order of sums; the scan's decays are exponentials of differences of sums that
-# reach some tens, and four layers with norms between them amplify: 1e4 roundings, still 1e-4 of what float32 would lose.
+# reach some tens, and four layers amplify: 1e4 roundings, still 1e-4 of what float32 would lose.
 TOLERANCE = 1e4 * torch.finfo(torch.float64).eps
 
 
@@ -30,7 +29,7 @@ def no_grad():
 
 
 @pytest.mark.parametrize("cuts", [(0, 11), (0, 5, 6, 7, 8, 9, 10, 11), (0, 1, 2, 11), (0, 4, 8, 11)])
-def test_any_split_of_the_sequence_gives_the_logits_of_the_whole(kind, cuts):
+def test_any_split_of_the_sequence_gives_the_logits_of_the_whole(tiny_model, kind, cuts):
     model, ids = tiny_model(kind), tokens(2, 11)
     whole = model(ids, use_cache=False)
     assert whole.past_key_values is None
@@ -42,7 +41,7 @@ def test_any_split_of_the_sequence_gives_the_logits_of_the_whole(kind, cuts):
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
-def test_left_padding_changes_nothing_at_real_tokens(kind, implementation):
+def test_left_padding_changes_nothing_at_real_tokens(tiny_model, kind, implementation):
     model, ids = tiny_model(kind), tokens(1, 9)
     model.set_attn_implementation(implementation)
     alone = model(ids).logits
@@ -56,8 +55,8 @@ def test_left_padding_changes_nothing_at_real_tokens(kind, implementation):
     assert close(logits[:1], model(long).logits)
 
 
-def test_left_padding_fed_token_by_token(kind):
-    """The first column is padding for one row: a helper that takes single tokens for unpadded would pollute its state."""
+def test_left_padding_fed_token_by_token(tiny_model, kind):
+    """The first column is padding for one row: taking single tokens for unpadded would pollute its state."""
     model, ids = tiny_model(kind), tokens(1, 6)
     batch = torch.cat([tokens(1, 8, seed=1), torch.cat([torch.full((1, 2), 7), ids], 1)])
     mask = torch.tensor([[1] * 8, [0, 0] + [1] * 6])
@@ -68,21 +67,21 @@ def test_left_padding_fed_token_by_token(kind):
     assert close(torch.cat(steps, 1)[1:, 2:], model(ids).logits)
 
 
-def test_right_padding_changes_nothing_at_real_tokens(kind):
+def test_right_padding_changes_nothing_at_real_tokens(tiny_model, kind):
     model, ids = tiny_model(kind), tokens(1, 7)
     padded = torch.cat([ids, torch.full((1, 3), 5)], 1)
     logits = model(padded, attention_mask=torch.tensor([[1] * 7 + [0] * 3])).logits
     assert close(logits[:, :7], model(ids).logits)
 
 
-def test_packed_positions_keep_sequences_apart(kind):
+def test_packed_positions_keep_sequences_apart(tiny_model, kind):
     model, one, two = tiny_model(kind), tokens(1, 5), tokens(1, 6, seed=1)
     positions = torch.cat([torch.arange(5), torch.arange(6)])[None]
     packed = model(torch.cat([one, two], 1), position_ids=positions, use_cache=False).logits
     assert close(packed, torch.cat([model(one).logits, model(two).logits], 1))
 
 
-def test_generate_with_cache_equals_without(kind):
+def test_generate_with_cache_equals_without(tiny_model, kind):
     model = tiny_model(kind)
     batch = torch.cat([tokens(1, 10), torch.cat([torch.zeros(1, 4, dtype=torch.long), tokens(1, 6, seed=1)], 1)])
     mask = (batch != 0).long()
@@ -94,7 +93,7 @@ def test_generate_with_cache_equals_without(kind):
     assert torch.equal(cached, model.generate(batch, prefill_chunk_size=3, **run))
 
 
-def test_beams_reorder_every_kind_of_state(kind, monkeypatch):
+def test_beams_reorder_every_kind_of_state(tiny_model, kind, monkeypatch):
     model, ids, moved = tiny_model(kind), tokens(2, 7), []
     reorder = DynamicCache.reorder_cache
 
@@ -109,7 +108,7 @@ def test_beams_reorder_every_kind_of_state(kind, monkeypatch):
     assert torch.equal(cached, model.generate(ids, use_cache=False, **run))
 
 
-def test_a_conversation_continues_from_its_cache(kind):
+def test_a_conversation_continues_from_its_cache(tiny_model, kind):
     model, ids = tiny_model(kind), tokens(2, 5)
     cache = DynamicCache(config=model.config)
     turn = model.generate(ids, max_new_tokens=3, do_sample=False, past_key_values=cache)
@@ -121,7 +120,7 @@ def test_a_conversation_continues_from_its_cache(kind):
     assert torch.equal(model.generate(longer, past_key_values=fork, **run), fresh)
 
 
-def test_sampling_several_sequences_per_prompt(kind):
+def test_sampling_several_sequences_per_prompt(tiny_model, kind):
     model, ids = tiny_model(kind), tokens(1, 5)
     torch.manual_seed(0)
     drawn = model.generate(ids, max_new_tokens=5, do_sample=True, num_return_sequences=3)
@@ -131,7 +130,7 @@ def test_sampling_several_sequences_per_prompt(kind):
     assert torch.equal(drawn, again)
 
 
-def test_states_stay_float32_in_a_bfloat16_model():
+def test_states_stay_float32_in_a_bfloat16_model(tiny_model):
     model, ids = tiny_model("linear", dtype=torch.bfloat16), tokens(2, 5)
     cache = DynamicCache(config=model.config)
     model(ids, past_key_values=cache)
@@ -143,7 +142,7 @@ def test_states_stay_float32_in_a_bfloat16_model():
         assert cache.get_conv_state(index).shape == (2, 64, 1)
 
 
-def test_decoding_with_gradients_leaves_earlier_states_usable():
+def test_decoding_with_gradients_leaves_earlier_states_usable(tiny_model):
     model, ids = tiny_model("hybrid"), tokens(1, 6)
     with torch.enable_grad():
         cache = DynamicCache(config=model.config)
@@ -152,7 +151,7 @@ def test_decoding_with_gradients_leaves_earlier_states_usable():
 
 
 @pytest.mark.parametrize(("kernel", "d", "qk", "gate"), [(1, True, False, False), (4, False, True, True)])
-def test_mixer_options_decode_like_they_prefill(kernel, d, qk, gate):
+def test_mixer_options_decode_like_they_prefill(tiny_model, kernel, d, qk, gate):
     options = {"mixer_use_d": d, "mixer_use_qk_norm": qk, "mixer_use_gate": gate, "mixer_conv_bias": gate}
     model, ids = tiny_model("hybrid", mixer_conv_kernel=kernel, **options), tokens(2, 6)
     cache = DynamicCache(config=model.config)
@@ -160,14 +159,14 @@ def test_mixer_options_decode_like_they_prefill(kernel, d, qk, gate):
     assert close(torch.cat(steps, 1), model(ids).logits)
 
 
-def test_logits_to_keep(kind):
+def test_logits_to_keep(tiny_model, kind):
     model, ids = tiny_model(kind), tokens(2, 6)
     logits = model(ids).logits
     assert close(model(ids, logits_to_keep=2).logits, logits[:, -2:])
     assert close(model(ids, logits_to_keep=torch.tensor([0, 3])).logits, logits[:, [0, 3]])
 
 
-def test_dynamic_rope_forgets_long_inputs():
+def test_dynamic_rope_forgets_long_inputs(tiny_model):
     rope = {"rope_type": "dynamic", "rope_theta": 100.0, "factor": 2.0}
     model, short, long = (
         tiny_model("teacher", rope_parameters=rope, max_position_embeddings=8),
@@ -182,7 +181,7 @@ def test_dynamic_rope_forgets_long_inputs():
     assert not torch.allclose(stretched, plain(long).logits, atol=1e-3)
 
 
-def test_dynamic_rope_turns_cached_keys_by_the_current_theta():
+def test_dynamic_rope_turns_cached_keys_by_the_current_theta(tiny_model):
     """With one layer, keys depend on nothing but their token: any split must give the last row of the full pass."""
     rope = {"rope_type": "dynamic", "rope_theta": 100.0, "factor": 2.0}
     sizes = {"num_embedding_layers": 0, "num_hidden_layers": 1, "layer_types": ["full_attention"]}
@@ -197,7 +196,7 @@ def test_dynamic_rope_turns_cached_keys_by_the_current_theta():
     assert close(last[1:], model(ids[1:, 5:]).logits[:, -1])
 
 
-def test_refusals():
+def test_refusals(tiny_model):
     linear, ids = tiny_model("linear"), tokens(2, 5)
     with pytest.raises(ConfigError, match=r"DynamicCache\(config=model.config\)"):
         linear(ids, past_key_values=DynamicCache())
