@@ -13,10 +13,10 @@ demo: $(VENV)/.ready-demo
 	$(BIN)/mmkernels demo --out out
 
 test: $(VENV)/.ready-test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto
 
 fast: $(VENV)/.ready-test
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -n auto -m "not slow"
 
 check: $(VENV)/.ready-dev lint types test docs packaging
 

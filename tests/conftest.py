@@ -1,4 +1,4 @@
-"""Shared fixtures: quiet threads, NaN-poisoned allocations, and the report of backends that ran."""
+"""Shared fixtures: one thread a process, NaN-poisoned allocations, and the report of backends that ran."""
 
 import os
 
@@ -17,7 +17,7 @@ _RAN: dict[tuple[str, str], int] = {}
 @pytest.fixture(scope="session", autouse=True)
 def deterministic_threads():
     torch.manual_seed(0)
-    torch.set_num_threads(min(2, os.cpu_count() or 1))
+    torch.set_num_threads(1)  # the run itself is parallel (pytest -n auto); thread counts are varied where they matter
 
 
 @pytest.fixture
@@ -35,6 +35,18 @@ def count_backend():
         _RAN[op, backend] = _RAN.get((op, backend), 0) + 1
 
     return count
+
+
+def pytest_sessionfinish(session):
+    output = getattr(session.config, "workeroutput", None)
+    if output is not None:  # a worker of pytest-xdist: hand the counts to the controller, which prints them
+        output["backends"] = [[op, backend, count] for (op, backend), count in _RAN.items()]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node, error):
+    for op, backend, count in getattr(node, "workeroutput", {}).get("backends", []):
+        _RAN[op, backend] = _RAN.get((op, backend), 0) + count
 
 
 def pytest_collection_modifyitems(config, items):
