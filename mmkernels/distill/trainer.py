@@ -32,10 +32,10 @@ Evaluate = Callable[[Any], Mapping[str, float]]
 class StageModule(nn.Module):
     """One stage as a module, so that data-parallel wrappers see its forward pass.  The teacher is not part of it."""
 
-    def __init__(self, student: Any, teacher: Any, stage: StageConfig):
+    def __init__(self, student: Any, teacher: Any, stage: StageConfig, precision: str):
         super().__init__()
         self.student = student
-        self.stage = stage
+        self.stage, self.narrow = stage, precision == "bf16"
         object.__setattr__(self, "teacher", teacher)  # not registered: never wrapped, moved, saved or trained
 
     def forward(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -44,10 +44,12 @@ class StageModule(nn.Module):
         options: dict[str, Any] = {"mask": stage.mask}
         if stage.loss == "layer_mse":
             options.update(target=stage.target, scale=stage.loss_scale, reduction=stage.mse_reduction)
-            result = layerwise_loss(self.student, self.teacher, batch, **options)
         else:
             options.update(temperature=stage.temperature, reduction=stage.kl_reduction)
-            result = logit_loss(self.student, self.teacher, batch, **options)
+        step = layerwise_loss if stage.loss == "layer_mse" else logit_loss
+        device = next(self.student.parameters()).device.type
+        with torch.autocast(device, torch.bfloat16, enabled=self.narrow):
+            result = step(self.student, self.teacher, batch, **options)
         return result.loss, result.metrics
 
 
@@ -62,6 +64,13 @@ class DistillResult:
 def run(recipe: DistillRecipe, teacher: Any, student: Any, data: BatchSource, **options: Any) -> DistillResult:
     """Shorthand for `Distiller(recipe, teacher, student, data, **options).run()`."""
     return Distiller(recipe, teacher, student, data, **options).run()
+
+
+def _accelerator() -> Any:
+    from accelerate import Accelerator
+
+    # the recipe decides the precision, in StageModule: accelerate fixes its own once for the life of the process
+    return Accelerator(mixed_precision="no")
 
 
 class Distiller:
@@ -98,9 +107,7 @@ class Distiller:
         progress: bool = True,
         evaluate: Evaluate | None = None,
     ):
-        from accelerate import Accelerator
-
-        self.accelerator = Accelerator(mixed_precision="bf16" if recipe.precision == "bf16" else "no")
+        self.accelerator = _accelerator()
         if tensorboard and output_dir is None:
             raise ConfigError("Distiller: output_dir must be given with tensorboard; got None. Name a folder.")
         self.recipe, self.teacher, self.data, self.evaluate = recipe, teacher, data, evaluate
@@ -186,7 +193,9 @@ class Distiller:
             optimizer_state, _, states = ckpt.load_checkpoint(self._start_from, self.student)
             ckpt.restore_random_state(states[self.accelerator.process_index % len(states)])
             self._start_from = None
-        module = StageModule(self.student, self.teacher, stage)
+        # an accelerator holds on to all it has prepared: a new one lets the previous stage's optimizer go
+        self.accelerator = _accelerator()
+        module = StageModule(self.student, self.teacher, stage, self.recipe.precision)
         module, optimizer = self.accelerator.prepare(module, make_optimizer(module, stage))
         if optimizer_state is not None:
             optimizer.load_state_dict(optimizer_state)
@@ -199,7 +208,6 @@ class Distiller:
                         bar.set_postfix(loss=f"{record['loss']:.4g}", refresh=False)
                     if self._due(self.recipe.checkpoint_every, stage):
                         self._save(optimizer)
-        self.accelerator.free_memory()
 
     def _step(
         self, stage: StageConfig, module: nn.Module, optimizer: Any, accumulation: int, names: list[str]
@@ -215,10 +223,11 @@ class Distiller:
             last = micro == accumulation - 1
             with nullcontext() if last else self.accelerator.no_sync(module):
                 loss, metrics = module(batch)
+                self._check_reach(names, bool(loss.requires_grad))
                 self.accelerator.backward(loss / accumulation)
             for key, value in {"loss": loss.detach(), **metrics}.items():
                 totals[key] = totals.get(key, 0) + value / accumulation
-        self._check_gradients(names)
+        self._check_reach(names, all(p.grad is not None for p in self.student.parameters() if p.requires_grad))
         parameters = [p for p in module.parameters() if p.requires_grad]
         limit = stage.max_grad_norm or float("inf")
         norm = self.accelerator.clip_grad_norm_(parameters, limit)
@@ -243,12 +252,10 @@ class Distiller:
         device = self.accelerator.device
         return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
 
-    def _check_gradients(self, names: list[str]) -> None:
-        if self.at.step:
-            return
-        parameters = dict(self.student.named_parameters())
-        without = [name for name in names if parameters[name].grad is None]
-        if without:
+    def _check_reach(self, names: list[str], reached: bool) -> None:
+        if not reached:
+            parameters = dict(self.student.named_parameters())
+            without = [name for name in names if parameters[name].grad is None]
             raise ConfigError(
                 f"Distiller: trainable of the stage must name parameters that its loss reaches; got {without[0]} and "
                 f"{len(without) - 1} more without a gradient. Take them out, or change target or loss."
@@ -330,4 +337,5 @@ class Distiller:
     def _bar(self, stage: StageConfig) -> Any:
         from tqdm import tqdm
 
-        return tqdm(total=stage.steps, initial=self.at.step, desc=stage.name, unit="step", disable=not self.show)
+        hidden = {} if self.show else {"disable": True}  # left out when shown, so that TQDM_DISABLE is heard
+        return tqdm(total=stage.steps, initial=self.at.step, desc=stage.name, unit="step", **hidden)

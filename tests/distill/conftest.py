@@ -4,6 +4,12 @@ import torch
 from mmkernels.data import CanvasTask
 
 
+@pytest.fixture(scope="session", autouse=True)
+def one_thread(deterministic_threads):
+    """The models here are too small to share: two threads only wait for each other."""
+    torch.set_num_threads(1)
+
+
 def tiny_config(**overrides):
     from mmkernels.models.mmmamba import MMMambaConfig
 
@@ -59,30 +65,29 @@ def batch(task):
     return batch
 
 
-@pytest.fixture
-def make_recipe():
+def tiny_recipe(micro_batch=4, **overrides):
+    """Three stages of 6, 6 and 6 steps; dropout off, everything logged."""
     from mmkernels.distill import DistillRecipe
 
-    def make(**overrides):
-        common = {"warmup_steps": 2, "stable_steps": 3, "decay_steps": 1, "global_batch": 4, "micro_batch": 4}
-        stages = [
-            {"name": "stage1", "loss": "layer_mse", "trainable": ["mixer_new", "mixer_decay"], "lr": 3e-3, **common},
-            {
-                "name": "stage2",
-                "loss": "layer_mse",
-                "trainable": ["mixer_new", "mixer_decay", "qkv"],
-                "lr": 2e-3,
-                **common,
-            },
-            {
-                "name": "stage3",
-                "loss": "logit_kl",
-                "kl_reduction": "token_mean",
-                "trainable": ["mixer_new", "mixer_decay", "qkv"],
-                "lr": 1e-3,
-                **common,
-            },
-        ]
-        return DistillRecipe.from_dict({"name": "test", "stages": stages, "log_every": 1, **overrides})
+    common = {"warmup_steps": 2, "stable_steps": 3, "decay_steps": 1, "global_batch": 4, "micro_batch": micro_batch}
+    new = ["mixer_new", "mixer_decay"]
+    stages = [
+        {"name": "stage1", "loss": "layer_mse", "trainable": new, "lr": 3e-3, **common},
+        {"name": "stage2", "loss": "layer_mse", "trainable": [*new, "qkv"], "lr": 2e-3, **common},
+        {
+            "name": "stage3",
+            "loss": "logit_kl",
+            "kl_reduction": "sequence_sum",
+            "mask": "all",
+            "trainable": [*new, "qkv"],
+            "lr": 1e-3,
+            "keep_attention": "head_stacked:1",
+            **common,
+        },
+    ]
+    return DistillRecipe.from_dict({"name": "test", "stages": stages, "log_every": 1, **overrides})
 
-    return make
+
+@pytest.fixture
+def make_recipe():
+    return tiny_recipe
