@@ -3,6 +3,7 @@
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor
 
 from mmkernels.models.mmmamba.configuration_mmmamba import MMMambaConfig, head_interleaved, layer_types_keeping
+from mmkernels.models.mmmamba.convert_mmmamba import convert_checkpoint, load_checkpoint
 from mmkernels.models.mmmamba.modeling_mmmamba import (
     MMMambaForConditionalGeneration,
     MMMambaModel,
@@ -23,7 +24,9 @@ __all__ = [
     "MMMambaModel",
     "MMMambaPreTrainedModel",
     "MMMambaProcessor",
+    "convert_checkpoint",
     "head_interleaved",
     "layer_types_keeping",
+    "load_checkpoint",
     "load_image",
 ]

@@ -116,7 +116,7 @@ def one_token_attention(
 ) -> torch.Tensor:
     """Attention of one new token over a cache; the query heads of a group are its rows, so K and V are never repeated.
 
-    On a CPU that is some 12 times faster than repeating a long cache for every step (4 over 2 heads of 32, 103K tokens).
+    On a CPU some 12 times faster than repeating a long cache at every step (4 over 2 heads of 32, 103K tokens).
 
     Args:
         query: (batch, heads, 1, headdim); key, value: (batch, kv_heads, length, headdim).
