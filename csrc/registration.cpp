@@ -21,6 +21,22 @@ STABLE_TORCH_LIBRARY(mmkernels, m) {
       "float eps, int group_size, bool norm_before_gate, bool parameter_gradients) "
       "-> (Tensor grad_x, Tensor grad_weight, Tensor grad_z, Tensor grad_bias)");
 
+  // The scan saves its inputs only, so that training differs from inference in nothing but autograd.
+  m.def(
+      "ssd_scan(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? dt_bias, "
+      "Tensor? initial_states, Tensor? seq_idx, Tensor? cu_seqlens, bool dt_softplus, float dt_low, float dt_high, "
+      "int chunk_size, bool reverse, bool return_final_states) -> (Tensor y, Tensor final_states)");
+  m.def(
+      "ssd_scan_fwd(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? dt_bias, "
+      "Tensor? initial_states, Tensor? seq_idx, Tensor? cu_seqlens, bool dt_softplus, float dt_low, float dt_high, "
+      "int chunk_size, bool reverse, bool return_final_states) -> (Tensor y, Tensor final_states)");
+  m.def(
+      "ssd_scan_bwd(Tensor grad_y, Tensor? grad_final, Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, "
+      "Tensor? z, Tensor? dt_bias, Tensor? initial_states, Tensor? seq_idx, Tensor? cu_seqlens, bool dt_softplus, "
+      "float dt_low, float dt_high, int chunk_size, bool reverse) "
+      "-> (Tensor grad_x, Tensor grad_dt, Tensor grad_A, Tensor grad_B, Tensor grad_C, Tensor grad_D, Tensor grad_z, "
+      "Tensor grad_dt_bias, Tensor grad_initial_states)");
+
   // The instruction set in use, the best this CPU has, and a way for tests to lower it.
   m.def("isa() -> str");
   m.def("best_isa() -> str");

@@ -1,7 +1,7 @@
 """Compiles csrc/ into one shared library, with the compiler alone: no CMake, no ninja, and torch is not imported.
 
-setup.py calls it when pip installs, mmkernels/_native.py at the first use of a native op.  What is compiled, and how, is
-read from the build list in CMakeLists.txt.
+setup.py calls it when pip installs, mmkernels/_native.py at the first use of a native op.  What is compiled, and how,
+is read from the build list in CMakeLists.txt.
 """
 
 import dataclasses

@@ -81,7 +81,7 @@ def probe() -> str | None:
 
 
 def status() -> dict[str, Any]:
-    """The state of the native library, for people: `state`, `library`, `origin`, compiler, ISA levels, threads, errors."""
+    """The state of the native library, for people: where it is, how it was made, what it runs with, what went wrong."""
     waiting = probe()
     facts: dict[str, Any] = {"state": "loaded" if _state.library else "unavailable" if waiting else "not used yet"}
     if _state.library is not None:
@@ -108,7 +108,7 @@ def build_info() -> dict[str, Any]:
 
 @contextlib.contextmanager
 def use_isa(level: str) -> Iterator[None]:
-    """Run native CPU kernels at another ISA level inside a `with` block, in the whole process: for tests and benchmarks."""
+    """Run native CPU kernels at another ISA level inside a `with` block, in the whole process (tests, benchmarks)."""
     require()
     before = torch.ops.mmkernels.isa()
     torch.ops.mmkernels.set_isa(level)

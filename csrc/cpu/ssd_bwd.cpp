@@ -1,0 +1,438 @@
+// Backward of the state-space scan, from the inputs alone: states are computed again.  The formulas are in ssd_chunk.h.
+//
+// With dR' the gradient of the state that leaves a chunk, e_ij = e^{s_i - s_j} and W_ij = e_ij dt_j (dY_i . x_j):
+//   dx_j  = dt_j du_j + D dY_j,   du_j = e^{s_T - s_j} dR' B_j + sum_{i >= j} (B_j . C_i) e_ij dY_i
+//   dB_j  = sum over heads e^{s_T - s_j} dt_j dR'^T x_j + sum_{i >= j} W_ij C_i
+//   dC_i  = sum over heads e^{s_i} R^T dY_i             + sum_{j <= i} W_ij B_j
+//   dR    = e^{s_T} dR' + sum_i e^{s_i} dY_i C_i^T
+//   da_k  = e^{s_T} <R, dR'> + sum_{i >= k} r_i + sum_{j < k} q_j + sum_{j < k <= i} W_ij (B_j . C_i),
+//           r_i = C_i . e^{s_i} R^T dY_i,  q_j = dt_j x_j . e^{s_T - s_j} dR' B_j
+//   ddt_k = x_k . du_k + A da_k
+// da_k sums exactly the terms that decay across token k; a difference of larger sums would cancel.
+//
+// A task owns some heads of one group of one row.  It walks the row forward to find the state that enters each chunk,
+// as [headdim][dstate], then backward.  dB and dC are summed over its heads in cache, over tasks by ssd_sum_blocks.
+#include "cpu/ssd_chunk.h"
+
+namespace mmkernels::MMK_ISA_NS {
+
+namespace {
+
+template <class T>
+struct Backward {
+  using A = Arithmetic<T>;
+  using V = Vec<A>;
+
+  const SsdBackward& a;
+  const int64_t width, most_heads, state_size;
+  Keys<A> keys;
+  Decays<A> decays;
+  A *x, *weighted_x;           // x and e^{s_T - s_j} dt_j x_j
+  A *dy, *grown_dy, *dy_turned;  // dY, e^{s_i} dY_i, and dY as [headdim][tokens]
+  A *products, *weights;       // x_j . dY_i; (B_j . C_i) e_ij
+  A* pair_sums;                // W summed over heads
+  A* crossing;                 // running sums over j of W_ij (B_j . C_i)
+  A *du, *from_state;          // du; e^{s_i} R^T dY_i
+  A *x_du, *q, *r, *w;         // sums of each token
+  A *grad_B, *grad_C;
+  A *gradients, *turned;       // dR' of each head, as [headdim][dstate] and as [dstate][headdim]
+  A* states;                   // of each chunk and head, as [headdim][dstate]
+  bool* empty;                 // of each head: dR' is zero
+  double* grad_D;              // (heads, headdim)
+  double *grad_A, *grad_bias;  // (heads)
+
+  Backward(Arena& arena, const SsdBackward& call)
+      : a(call), width(padded<A>(a.headdim)), most_heads((a.heads / a.groups + a.head_blocks - 1) / a.head_blocks),
+        state_size(a.headdim * padded<A>(a.dstate)), keys(arena, a), decays(arena, keys.pair_row) {
+    const int64_t tokens = a.chunk_tokens, pairs = keys.pair_row;
+    A** const by_channel[] = {&x, &weighted_x, &dy, &grown_dy, &du};
+    for (A** rows : by_channel) *rows = arena.take<A>(tokens * width);
+    A** const by_token[] = {&products, &weights, &pair_sums};
+    for (A** rows : by_token) *rows = arena.take<A>(tokens * pairs);
+    A** const by_state[] = {&from_state, &grad_B, &grad_C};
+    for (A** rows : by_state) *rows = arena.take<A>(tokens * keys.row);
+    A** const one_each[] = {&x_du, &q, &r, &w, &crossing};
+    for (A** values : one_each) *values = arena.take<A>(pairs);
+    dy_turned = arena.take<A>(a.headdim * pairs);
+    gradients = arena.take<A>(most_heads * state_size);
+    turned = arena.take<A>(most_heads * a.dstate * width);
+    empty = arena.take<bool>(most_heads);
+    grad_D = arena.take<double>(most_heads * a.headdim);
+    grad_A = arena.take<double>(most_heads);
+    grad_bias = arena.take<double>(most_heads);
+    states = arena.take<A>(a.most_chunks * most_heads * state_size);
+  }
+
+  A* state(int64_t chunk, int64_t h) const { return states + (chunk * most_heads + h) * state_size; }
+  A* gradient(int64_t h) const { return gradients + h * state_size; }
+  A* turned_gradient(int64_t h) const { return turned + h * a.dstate * width; }
+
+  void run(const Unit& unit) {
+    const SsdRow& row = *unit.row;
+    find_states(unit);
+    for (int64_t h = 0; h < unit.heads; ++h) leave(unit, h);
+    clear(grad_A, unit.heads), clear(grad_bias, unit.heads);
+    if (a.grad_D != nullptr) clear(grad_D, unit.heads * a.headdim);
+    for (int64_t c = row.end - 1; c >= row.begin; --c) {
+      const SsdChunk& chunk = a.chunk[c];
+      if (chunk.padding) {
+        pad(unit, chunk);
+        continue;
+      }
+      keys.template load<T>(a, chunk, row.batch, unit.group);
+      for (int64_t h = 0; h < unit.heads; ++h) {
+        if (!chunk.leaves) empty[h] = true;
+        one_head(unit, chunk, h, c - row.begin);
+      }
+      finish_keys(unit, chunk);
+    }
+    for (int64_t h = 0; h < unit.heads; ++h) store_sums(unit, h);
+  }
+
+  // ---- the states, forward ----
+
+  void find_states(const Unit& unit) {
+    const SsdRow& row = *unit.row;
+    for (int64_t c = row.begin; c < row.end; ++c) {
+      const SsdChunk& chunk = a.chunk[c];
+      if (chunk.entry == SsdEntry::initial) {
+        for (int64_t h = 0; h < unit.heads; ++h) {
+          pack(state_of<A>(a, a.initial, unit.index, unit.first_head + h), a.dstate, a.headdim, a.dstate,
+               state(c - row.begin, h), keys.row);
+        }
+      }
+      if (c + 1 == row.end || a.chunk[c + 1].entry != SsdEntry::carried) continue;
+      keys.template load_B<T>(a, chunk, row.batch, unit.group);
+      for (int64_t h = 0; h < unit.heads; ++h) {
+        decays.compute(a, chunk, row.batch, unit.first_head + h);
+        load_x(chunk, row.batch, unit.first_head + h);
+        Product<A> update{a.headdim, a.dstate, chunk.length, weighted_x, 1, width, keys.B, keys.row,
+                          state(c + 1 - row.begin, h), keys.row};
+        if (chunk.entry != SsdEntry::zero) update.start = state(c - row.begin, h), update.scale = &decays.all;
+        multiply(update);
+      }
+    }
+  }
+
+  void load_x(const SsdChunk& chunk, int64_t batch, int64_t head) {
+    const T* from = head_of<T>(a.x, batch, chunk.token, head);
+    for (int64_t t = 0; t < chunk.length; ++t, from += a.x.token * a.direction) {
+      const V weight(decays.left[t] * decays.dt[t]);
+      for_lanes<V>(a.headdim, [&](int64_t i, auto lanes) {
+        const V value = V::load(from + i, lanes);
+        value.store(x + t * width + i);
+        (value * weight).store(weighted_x + t * width + i);
+      });
+    }
+  }
+
+  // ---- one chunk of one head, backward ----
+
+  // dR' at the end of the row; without a chunk it is the gradient of the initial state as well.
+  void leave(const Unit& unit, int64_t h) {
+    const SsdRow& row = *unit.row;
+    const int64_t head = unit.first_head + h, count = a.headdim * a.dstate;
+    const A* from = a.grad_final == nullptr ? nullptr : state_of<A>(a, a.grad_final, unit.index, head);
+    empty[h] = from == nullptr;
+    if (row.begin < row.end && from != nullptr) {
+      pack(from, a.dstate, a.headdim, a.dstate, gradient(h), keys.row);
+      transpose(gradient(h), keys.row, a.headdim, a.dstate, turned_gradient(h), width);
+    }
+    if (a.grad_initial == nullptr || (row.begin < row.end && a.chunk[row.begin].entry == SsdEntry::initial)) return;
+    A* to = state_of<A>(a, a.grad_initial, unit.index, head);
+    if (row.begin < row.end || from == nullptr) return clear(to, count);
+    for (int64_t i = 0; i < count; ++i) to[i] = from[i];
+  }
+
+  void one_head(const Unit& unit, const SsdChunk& chunk, int64_t h, int64_t number) {
+    const int64_t head = unit.first_head + h, tokens = chunk.length, batch = unit.row->batch;
+    const bool enters = chunk.entry != SsdEntry::zero, leaves = !empty[h];
+    decays.compute(a, chunk, batch, head);
+    load_x(chunk, batch, head);
+    load_dy(chunk, batch, head);
+    multiply_pairs(tokens, h == 0);
+    input_gradient(tokens, h, leaves);
+    sum_rows<A>(tokens, x_du, [&](int64_t t) { return row_product(x + t * width, du + t * width, a.headdim); });
+    store_grad_x(chunk, batch, head, h);
+    key_gradients(tokens, h, number, enters, leaves);
+    const A crossing_all = enters && leaves ? decays.all * sum_product(state(number, h), gradient(h)) : A(0);
+    step_gradient(chunk, batch, head, h, enters, leaves, crossing_all);
+    if (enters) pass_gradient(unit, chunk, h, leaves);
+    empty[h] = !enters;
+  }
+
+  // dY, times silu(z) where there is a gate, whose gradient is stored here.
+  void load_dy(const SsdChunk& chunk, int64_t batch, int64_t head) {
+    const T* from = head_of<T>(a.grad_y, batch, chunk.token, head);
+    const T* gate = a.z.data == nullptr ? nullptr : head_of<T>(a.z, batch, chunk.token, head);
+    const int64_t at = dense(a, batch, chunk.token, head, a.heads, a.headdim);
+    for (int64_t t = 0; t < chunk.length; ++t) {
+      const V grown(decays.grown[t]);
+      const T* grad = from + t * a.grad_y.token * a.direction;
+      const int64_t out = at + t * a.direction * a.heads * a.headdim;
+      for_lanes<V>(a.headdim, [&](int64_t i, auto lanes) {
+        V value = V::load(grad + i, lanes);
+        if (gate != nullptr) {
+          const V z = V::load(gate + t * a.z.token * a.direction + i, lanes), s = sigmoid(z);
+          const V y = V::load(static_cast<const A*>(a.y) + out + i, lanes);
+          (value * y * s * fma(z, V(A(1)) - s, V(A(1)))).store(static_cast<T*>(a.grad_z) + out + i, lanes);
+          value = value * z * s;
+        }
+        value.store(dy + t * width + i);
+        (value * grown).store(grown_dy + t * width + i);
+      });
+    }
+    transpose(dy, width, chunk.length, a.headdim, dy_turned, keys.pair_row);
+  }
+
+  // All that is made of pairs of tokens: weights, pair_sums, and w_k = sum_{j < k <= i} W_ij (B_j . C_i).
+  void multiply_pairs(int64_t tokens, bool first) {
+    const int64_t pairs = keys.pair_row, whole = padded<A>(tokens);
+    Product<A> p{tokens, tokens, a.headdim, x, width, 1, dy_turned, pairs, products, pairs};
+    p.upper = true;
+    multiply(p);
+    clear(crossing, whole);
+    w[0] = A(0);
+    V part[V::size];
+    for (int64_t j = 0; j < tokens; ++j) {
+      const V next = pair_row(j, tokens, first);
+      const int64_t k = j + 1;
+      if (k == tokens) break;
+      part[k % V::size] = next;
+      if (k % V::size == V::size - 1 || k + 1 == tokens) sum_each(part).store(w + k / V::size * V::size);
+    }
+  }
+
+  // Row j of the pairs.  Returns the lanes of w_{j + 1}.
+  MMK_INLINE V pair_row(int64_t j, int64_t tokens, bool first) {
+    const int64_t at = j * keys.pair_row, diagonal = j / V::size * V::size, next = (j + 1) / V::size * V::size;
+    for (int64_t i = first_read<A>(j); i < diagonal; i += V::size) {
+      V().store(weights + at + i);
+      if (first) V().store(pair_sums + at + i);
+    }
+    const V dt(decays.dt[j]);
+    V sum;
+    for (int64_t i = diagonal; i < tokens; i += V::size) {
+      V decay = decays.between(j, i);
+      if (i == diagonal) decay = from_lane(j, i, decay);
+      const V score = V::load(keys.scores + at + i), product = V::load(products + at + i) * decay * dt;
+      (score * decay).store(weights + at + i);
+      (first ? product : product + V::load(pair_sums + at + i)).store(pair_sums + at + i);
+      const V running = fma(product, score, V::load(crossing + i));
+      running.store(crossing + i);
+      if (i > next) sum += running;
+      if (i == next) sum += from_lane(j + 1, i, running);
+    }
+    return sum;
+  }
+
+  void input_gradient(int64_t tokens, int64_t h, bool leaves) {
+    Product<A> inside{tokens, a.headdim, tokens, weights, keys.pair_row, 1, dy, width, du, width};
+    inside.limit = Depth::from_row;
+    if (leaves) {
+      multiply(Product<A>{tokens, a.headdim, a.dstate, keys.B, keys.row, 1, turned_gradient(h), width, du, width});
+      sum_rows<A>(tokens, q, [&](int64_t t) { return row_product(weighted_x + t * width, du + t * width, a.headdim); });
+      inside.start = du, inside.scale = decays.left, inside.scale_row = 1;
+    }
+    multiply(inside);
+  }
+
+  void store_grad_x(const SsdChunk& chunk, int64_t batch, int64_t head, int64_t h) {
+    const A* skips = static_cast<const A*>(a.D);
+    const A* skip = skips != nullptr && a.D_per_channel ? skips + head * a.headdim : nullptr;
+    const V same(skips != nullptr && !a.D_per_channel ? skips[head] : A(0));
+    T* to = static_cast<T*>(a.grad_x) + dense(a, batch, chunk.token, head, a.heads, a.headdim);
+    for (int64_t t = 0; t < chunk.length; ++t, to += a.direction * a.heads * a.headdim) {
+      const V dt(decays.dt[t]);
+      for_lanes<V>(a.headdim, [&](int64_t i, auto lanes) {
+        V value = dt * V::load(du + t * width + i);
+        if (skips != nullptr) {
+          value = fma(skip == nullptr ? same : V::load(skip + i, lanes), V::load(dy + t * width + i), value);
+        }
+        value.store(to + i, lanes);
+      });
+    }
+    if (a.grad_D == nullptr) return;
+    for (int64_t i = 0; i < a.headdim; i += V::size) {
+      V sum;
+      for (int64_t t = 0; t < chunk.length; ++t) {
+        sum = fma(V::load(x + t * width + i), V::load(dy + t * width + i), sum);
+      }
+      A lanes[V::size];
+      sum.store(lanes);
+      for (int64_t l = 0; l < V::size && i + l < a.headdim; ++l) grad_D[h * a.headdim + i + l] += lanes[l];
+    }
+  }
+
+  // What the states contribute to dB and dC, and r.
+  void key_gradients(int64_t tokens, int64_t h, int64_t number, bool enters, bool leaves) {
+    const int64_t count = tokens * keys.row;
+    if (leaves) {
+      Product<A> p{tokens, a.dstate, a.headdim, weighted_x, width, 1, gradient(h), keys.row, grad_B, keys.row};
+      if (h > 0) p.start = grad_B;
+      multiply(p);
+    } else if (h == 0) {
+      clear(grad_B, count);
+    }
+    if (!enters) {
+      if (h == 0) clear(grad_C, count);
+      return;
+    }
+    multiply(Product<A>{tokens, a.dstate, a.headdim, grown_dy, width, 1, state(number, h), keys.row, from_state, keys.row});
+    sum_rows<A>(tokens, r, [&](int64_t t) { return row_product(from_state + t * keys.row, keys.C + t * keys.row, a.dstate); });
+    for (int64_t i = 0; i < count; i += V::size) {
+      const V value = V::load(from_state + i);
+      (h == 0 ? value : value + V::load(grad_C + i)).store(grad_C + i);
+    }
+  }
+
+  A sum_product(const A* left, const A* right) const {
+    V sums[4];
+    int64_t i = 0;
+    for (; i + 4 * V::size <= state_size; i += 4 * V::size) {
+#pragma GCC unroll 4
+      for (int u = 0; u < 4; ++u) sums[u] = fma(V::load(left + i + u * V::size), V::load(right + i + u * V::size), sums[u]);
+    }
+    for (; i < state_size; i += V::size) sums[0] = fma(V::load(left + i), V::load(right + i), sums[0]);
+    return sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
+  }
+
+  // da, and with it the gradients of dt, A and dt_bias.
+  void step_gradient(const SsdChunk& chunk, int64_t batch, int64_t head, int64_t h, bool enters, bool leaves, A across) {
+    const double rate = static_cast<double>(static_cast<const A*>(a.A)[head]);
+    double after = across;
+    for (int64_t k = chunk.length - 1; k >= 0; --k) {
+      if (enters) after += r[k];
+      w[k] = static_cast<A>(after + w[k]);
+    }
+    double before = 0;
+    for (int64_t k = 0; k < chunk.length; ++k) {
+      const double fall = rate * static_cast<double>(decays.dt[k]), grad_fall = fall < -1024.0 ? 0.0 : w[k] + before;
+      if (leaves) before += q[k];
+      grad_A[h] += grad_fall * static_cast<double>(decays.dt[k]);
+      w[k] = static_cast<A>(static_cast<double>(x_du[k]) + rate * grad_fall);
+    }
+    for (int64_t k = 0; k < chunk.length; k += V::size) through_step(k).store(w + k);
+    A* to = static_cast<A*>(a.grad_dt) + dense(a, batch, chunk.token, head, a.heads, 1);
+    for (int64_t k = 0; k < chunk.length; ++k, to += a.direction * a.heads) {
+      *to = w[k];
+      grad_bias[h] += static_cast<double>(w[k]);
+    }
+  }
+
+  // The gradients w of step sizes from token k on, taken back through clamp and softplus.
+  MMK_INLINE V through_step(int64_t k) const {
+    const V pre = V::load(decays.pre + k), grad = V::load(w + k), one(A(1)), none;
+    const V step = a.softplus ? softplus(pre) : pre;
+    const V slope = a.softplus ? select<A>(pre > V(A(20)), one, sigmoid(pre)) : one;
+    const V above = select<A>(step < V(A(a.dt_low)), none, grad * slope);
+    return select<A>(step > V(A(a.dt_high)), none, above);
+  }
+
+  // dR' of the chunk before, or the gradient of the initial state.
+  void pass_gradient(const Unit& unit, const SsdChunk& chunk, int64_t h, bool leaves) {
+    Product<A> p{a.headdim, a.dstate, chunk.length, grown_dy, 1, width, keys.C, keys.row, gradient(h), keys.row};
+    if (leaves) p.start = gradient(h), p.scale = &decays.all;
+    multiply(p);
+    if (chunk.entry == SsdEntry::carried) {
+      transpose(gradient(h), keys.row, a.headdim, a.dstate, turned_gradient(h), width);
+    } else if (a.grad_initial != nullptr) {
+      A* to = state_of<A>(a, a.grad_initial, unit.index, unit.first_head + h);
+      for (int64_t i = 0; i < a.headdim; ++i) {
+        for_lanes<V>(a.dstate, [&](int64_t n, auto lanes) {
+          V::load(gradient(h) + i * keys.row + n).store(to + i * a.dstate + n, lanes);
+        });
+      }
+    }
+  }
+
+  // ---- outputs shared by heads ----
+
+  void finish_keys(const Unit& unit, const SsdChunk& chunk) {
+    const int64_t tokens = chunk.length, pairs = keys.pair_row;
+    Product<A> to_B{tokens, a.dstate, tokens, pair_sums, pairs, 1, keys.C, keys.row, grad_B, keys.row};
+    to_B.limit = Depth::from_row, to_B.start = grad_B;
+    multiply(to_B);
+    Product<A> to_C{tokens, a.dstate, tokens, pair_sums, 1, pairs, keys.B, keys.row, grad_C, keys.row};
+    to_C.limit = Depth::to_row, to_C.start = grad_C;
+    multiply(to_C);
+    if (a.head_blocks == 1) {
+      store_keys<T>(unit, chunk, grad_B, a.grad_B), store_keys<T>(unit, chunk, grad_C, a.grad_C);
+    } else {
+      store_keys<A>(unit, chunk, grad_B, a.grad_B), store_keys<A>(unit, chunk, grad_C, a.grad_C);
+    }
+  }
+
+  // from null: zeros.
+  template <class Out>
+  void store_keys(const Unit& unit, const SsdChunk& chunk, const A* from, void* out) {
+    Out* to = static_cast<Out*>(out) + unit.block * a.block_stride +
+              dense(a, unit.row->batch, chunk.token, unit.group, a.groups, a.dstate);
+    for (int64_t t = 0; t < chunk.length; ++t, to += a.direction * a.groups * a.dstate) {
+      for_lanes<V>(a.dstate, [&](int64_t i, auto lanes) {
+        (from == nullptr ? V() : V::load(from + t * keys.row + i)).store(to + i, lanes);
+      });
+    }
+  }
+
+  void pad(const Unit& unit, const SsdChunk& chunk) {
+    for (int64_t h = 0; h < unit.heads; ++h) {
+      empty[h] = true;
+      for (int64_t t = 0; t < chunk.length; ++t) {
+        const int64_t token = chunk.token + t * a.direction, head = unit.first_head + h;
+        const int64_t at = dense(a, unit.row->batch, token, head, a.heads, a.headdim);
+        clear(static_cast<T*>(a.grad_x) + at, a.headdim);
+        if (a.z.data != nullptr) clear(static_cast<T*>(a.grad_z) + at, a.headdim);
+        static_cast<A*>(a.grad_dt)[dense(a, unit.row->batch, token, head, a.heads, 1)] = A(0);
+      }
+    }
+    void* const outputs[] = {a.grad_B, a.grad_C};
+    for (void* out : outputs) {
+      a.head_blocks == 1 ? store_keys<T>(unit, chunk, nullptr, out) : store_keys<A>(unit, chunk, nullptr, out);
+    }
+  }
+
+  void store_sums(const Unit& unit, int64_t h) {
+    const int64_t at = unit.index * a.heads + unit.first_head + h;
+    a.grad_A[at] = grad_A[h];
+    a.grad_dt_bias[at] = grad_bias[h];
+    if (a.grad_D == nullptr) return;
+    for (int64_t i = 0; i < a.headdim; ++i) a.grad_D[at * a.headdim + i] = grad_D[h * a.headdim + i];
+  }
+};
+
+template <class T>
+void backward(const SsdBackward& a) {
+  parallel_for(unit_count(a), unit_grain(a), [&](int64_t begin, int64_t end) {
+    Arena measure{nullptr};
+    Backward<T>(measure, a);
+    Arena arena{static_cast<char*>(thread_scratch(measure.used))};
+    Backward<T> work(arena, a);
+    for (int64_t i = begin; i < end; ++i) work.run(Unit(a, i));
+  });
+}
+
+template <class T>
+void sum_blocks(const SsdBlockSum& a) {
+  using A = Arithmetic<T>;
+  const A* from = static_cast<const A*>(a.from);
+  parallel_for(a.count, grain_of(a.blocks), [&](int64_t begin, int64_t end) {
+    for_lanes<Vec<A>>(end - begin, [&](int64_t i, auto lanes) {
+      Vec<A> sum = Vec<A>::load(from + begin + i, lanes);
+      for (int64_t block = 1; block < a.blocks; ++block) sum += Vec<A>::load(from + block * a.count + begin + i, lanes);
+      sum.store(static_cast<T*>(a.to) + begin + i, lanes);
+    });
+  });
+}
+
+}  // namespace
+
+void ssd_bwd(const SsdBackward& arguments) {
+  with_storage(arguments.storage, [&](auto element) { backward<decltype(element)>(arguments); });
+}
+
+void ssd_sum_blocks(const SsdBlockSum& arguments) {
+  with_storage(arguments.storage, [&](auto element) { sum_blocks<decltype(element)>(arguments); });
+}
+
+}  // namespace mmkernels::MMK_ISA_NS

@@ -1,0 +1,99 @@
+"""What must hold of csrc/ itself: one list of sources, levels that stay apart, memory that is written and in bounds."""
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from mmkernels import _build, _native
+from mmkernels.testing import poisoned_allocations
+
+HERE = Path(__file__).resolve().parent
+ROOT = _build.source_root()
+WORDS = _build.build_list(ROOT)
+LEVELS = WORDS[f"MMK_LEVELS_{_build.machine()}"]
+
+
+def test_every_source_is_on_the_build_list():
+    listed = set(WORDS["MMK_SOURCES"] + WORDS["MMK_KERNEL_SOURCES"])
+    present = {path.relative_to(ROOT).as_posix() for path in (ROOT / "csrc").rglob("*.cpp")}
+    assert present == listed
+
+
+def test_every_schema_is_in_registration():
+    for path in (ROOT / "csrc").rglob("*.cpp"):
+        if path.name != "registration.cpp":
+            assert "m.def(" not in path.read_text(), f"{path} defines a schema; put it in csrc/registration.cpp"
+    schemas = re.findall(r'm\.def\(\s*"(\w+)\(', (ROOT / "csrc" / "registration.cpp").read_text())
+    assert schemas, "no schema found"
+    for name in schemas:
+        assert hasattr(torch.ops.mmkernels, name)
+
+
+def test_only_the_stable_abi_is_included():
+    for path in (ROOT / "csrc").rglob("*.*"):
+        for header in re.findall(r"#include <((?:torch|ATen|c10|Python)[^>]*)>", path.read_text()):
+            assert header.startswith("torch/csrc/stable/"), f"{path} includes {header}"
+
+
+@pytest.mark.skipif(shutil.which("nm") is None, reason="nm (binutils) lists symbols; it is not on PATH")
+@pytest.mark.parametrize("source", WORDS["MMK_KERNEL_SOURCES"])
+def test_kernels_of_a_level_share_no_code_with_other_levels(source, compile_cpp):
+    # A weak symbol outside the level's namespace is an inline function that the linker merges across levels: the
+    # baseline could get the copy made of wide instructions.
+    level = LEVELS[-1]
+    compiled = compile_cpp(Path(source).stem, [ROOT / source], level, "-c")
+    symbols = subprocess.run(["nm", "-C", str(compiled)], capture_output=True, text=True, check=True).stdout
+    weak = [line for line in symbols.splitlines() if re.search(r" [WVu] ", line) and f"::{level}::" not in line]
+    assert not weak, weak
+
+
+def test_poison_reaches_memory_allocated_in_cpp(compile_cpp):
+    folder, _ = _build.find_torch()
+    flags = ["-shared", "-isystem", folder / "include", f"-L{folder / 'lib'}", "-ltorch_cpu"]
+    flags += [f"-D{d}" for d in WORDS["MMK_DEFINITIONS"]]
+    torch.ops.load_library(str(compile_cpp("poison_probe", [HERE / "poison_probe.cpp"], None, *map(str, flags))))
+    with poisoned_allocations():
+        assert torch.ops.mmkernels_probe.unwritten(9).isnan().all()
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+@pytest.mark.slow  # half a minute of compiling with sanitizers
+def test_kernels_under_sanitizers(tmp_path):
+    flags = [*WORDS["MMK_FLAGS"], "-O1", "-g", f"-I{ROOT / 'csrc'}", "-DMMK_POISON_SCRATCH"]
+    flags += ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+    compiler = _build.find_compiler()
+    objects = []
+    for source in WORDS["MMK_KERNEL_SOURCES"]:
+        for level in LEVELS:
+            objects.append(tmp_path / f"{Path(source).stem}-{level}.o")
+            extra = [f"-DMMK_ISA_NS={level}", *WORDS[f"MMK_FLAGS_{level}"], "-c", str(ROOT / source)]
+            subprocess.run([*compiler, *flags, *extra, "-o", str(objects[-1])], check=True)
+    once = [ROOT / "csrc/common/isa.cpp", ROOT / "csrc/common/scratch.cpp", HERE / "kernels_alone.cpp"]
+    program = tmp_path / "kernels_alone"
+    subprocess.run([*compiler, *flags, *map(str, once), *map(str, objects), "-o", str(program)], check=True)
+    for level in _native.isa_levels():
+        done = subprocess.run([str(program), level], capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stdout.strip()) == (0, "ok"), f"{level}: {done.stdout}{done.stderr[-3000:]}"
+
+
+@pytest.mark.slow  # a whole build
+@pytest.mark.skipif(shutil.which("cmake") is None, reason="cmake is not on PATH")
+def test_cmake_builds_a_library_that_runs(tmp_path):
+    folder, _ = _build.find_torch()
+    configure = ["cmake", "-S", str(ROOT), "-B", str(tmp_path), f"-DMMKERNELS_TORCH_DIR={folder}"]
+    for command in (configure, ["cmake", "--build", str(tmp_path)]):
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
+    script = (
+        "import sys, torch; torch.ops.load_library(sys.argv[1]); x = torch.ones(2, 8); "
+        "print(torch.ops.mmkernels.gated_rms_norm(x, torch.ones(8), None, None, 0.0, 8, False).sum().item())"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path / _build.LIBRARY)], capture_output=True, text=True, check=False
+    )
+    assert done.stdout.strip() == "16.0", done.stderr
