@@ -3,8 +3,11 @@
 Section 6 of Dao and Gu, "Transformers are SSMs" (2024); README.md derives what differs: prefix sums in float64, changes
 of sequence as decays of e^-1024, ragged batches spread to chunk boundaries.  Traceable, and differentiable twice.
 
-Letters in this file: b batch, c chunks, q tokens of a chunk, g groups, r heads of a group, h = g r, p headdim, n dstate.
+Letters here: b batch, c chunks, q tokens of a chunk, g groups, r heads of a group, h = g r heads, p headdim, n dstate.
 """
+
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -41,7 +44,13 @@ def decay(exponent: torch.Tensor, work: torch.dtype) -> torch.Tensor:
 
     The minimum makes the unused half of a decay matrix, where exponents are positive, harmless in value and gradient.
     """
-    return exponent.to(work).clamp(max=0.0).exp()
+    exponent = exponent.to(work).clamp(max=0.0)
+    return exponent.exp_() if in_place() else exponent.exp()
+
+
+def in_place() -> bool:
+    """Whether temporaries may be overwritten: nobody differentiates, and no compiler plans the memory."""
+    return not torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
 def skip_and_gate(y: torch.Tensor, x: torch.Tensor, D: torch.Tensor | None, z: torch.Tensor | None) -> torch.Tensor:
@@ -49,6 +58,12 @@ def skip_and_gate(y: torch.Tensor, x: torch.Tensor, D: torch.Tensor | None, z: t
     if D is not None:
         y = torch.addcmul(y, x.to(y.dtype), (D if D.dim() == 2 else D[:, None]).to(y.dtype))
     return y if z is None else y * F.silu(z.to(y.dtype))
+
+
+def log_decay(step: torch.Tensor, A: torch.Tensor) -> torch.Tensor:
+    """A dt, in float64 where the device has it, so that differences of its prefix sums are exact to float32."""
+    wide = torch.float32 if step.device.type == "mps" else torch.float64
+    return (step.to(wide) * A.to(wide)).clamp(min=-RESET)
 
 
 def ssd_scan(
@@ -71,53 +86,94 @@ def ssd_scan(
     return_final_states: bool,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """`mmkernels.ssd_scan` on validated arguments."""
+    length, heads = x.shape[1:3]
+    pin_sizes(*x.shape[2:], *B.shape[2:])
     work = torch.float64 if x.dtype == torch.float64 else torch.float32
-    step = step_size(dt, dt_bias, dt_softplus, dt_limit, work)
-    fall = log_decay(step, A)
     state = None if initial_states is None else initial_states.to(work)
-    q = chunk_size or (64 if x.device.type == "cpu" else 256)
-    length = x.shape[1]
+    if state is None and (return_final_states or length == 0):
+        rows = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        state = x.new_zeros(rows, heads, x.shape[3], B.shape[3], dtype=work)
     if length == 0:
-        if state is None:
-            rows = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-            state = step.new_zeros(rows, *x.shape[2:], B.shape[-1])
-        y = torch.zeros_like(x)
-        return (y, state) if return_final_states else y
-    layout = None
-    if cu_seqlens is not None:
-        if state is not None or return_final_states:
-            layout = Layout(cu_seqlens, length, q, reverse)
-            q = layout.q
-            x, step, fall, B, C = (layout.spread(t) for t in (x, step, fall, B, C))
-            z = None if z is None else layout.spread(z)
+        return _results(torch.zeros_like(x), state, return_final_states)
+    step = step_size(dt, dt_bias, dt_softplus, dt_limit, work)
+    tokens = Tokens(x, step, log_decay(step, A), B, C, z)
+    q = chunk_size or default_chunk(x.device)
+    if cu_seqlens is not None and state is not None:
+        layout = Layout(cu_seqlens, length, q, state, reverse)
+        y, _ = scan(tokens.map(layout.spread), D, None, layout.q, reverse, layout)
+        y, state = layout.gather(y), layout.finals()
+    else:
+        if cu_seqlens is not None:
+            tokens = tokens.separate(sequence_of(cu_seqlens, length)[None], reverse)
+        elif seq_idx is not None:
+            tokens = tokens.separate(seq_idx, reverse).silence(seq_idx < 0)
+        y, state = scan(tokens, D, state, q, reverse)
+    return _results(y, state, return_final_states)
+
+
+def _results(
+    y: torch.Tensor, state: torch.Tensor | None, return_final_states: bool
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    if not return_final_states:
+        return y
+    assert state is not None  # ssd_scan starts from zeros when the last state is asked for
+    return y, state
+
+
+def pin_sizes(*sizes: int) -> None:
+    """Make sizes of the model constants of a graph being compiled; batch and seqlen stay symbolic.
+
+    With every size a symbol, tracing spends ten seconds of algebra on what divides what.
+    """
+    if torch.compiler.is_compiling():
+        for size in sizes:
+            len(range(size))  # the length of a range is a plain int: asking for it fixes the symbol
+
+
+def default_chunk(device: torch.device) -> int:
+    """Tokens per chunk: a CPU pays for the exponentials of long chunks, a GPU for the states of short ones."""
+    return 64 if device.type == "cpu" else 256
+
+
+def sequence_of(cu_seqlens: torch.Tensor, length: int) -> torch.Tensor:
+    """(seqlen,) the sequence each token belongs to; empty sequences own none."""
+    token = torch.arange(length, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
+    return torch.searchsorted(cu_seqlens, token, right=True) - 1
+
+
+class Tokens(NamedTuple):
+    """Everything that has a token axis (axis 1): x, step sizes, their log-decays, B, C and the gate."""
+
+    x: torch.Tensor
+    step: torch.Tensor
+    fall: torch.Tensor
+    B: torch.Tensor
+    C: torch.Tensor
+    z: torch.Tensor | None
+
+    def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "Tokens":
+        """Apply one change to every tensor."""
+        return Tokens(*(None if t is None else change(t) for t in self))  # type: ignore[arg-type]
+
+    def split(self, sizes: list[int]) -> list["Tokens"]:
+        """Consecutive stretches of the token axis; one split, not many slices, as its gradient is one concatenation."""
+        if len(sizes) == 1:
+            return [self]
+        columns = [(None,) * len(sizes) if t is None else t.split(sizes, dim=1) for t in self]
+        return [Tokens(*row) for row in zip(*columns, strict=True)]  # type: ignore[arg-type]
+
+    def separate(self, seq_idx: torch.Tensor, reverse: bool) -> "Tokens":
+        """Forget everything where the id differs from the one the scan met just before (0 before its first token)."""
+        if reverse:
+            changed = seq_idx != F.pad(seq_idx[:, 1:], (0, 1))
         else:
-            ids = torch.searchsorted(
-                cu_seqlens, torch.arange(length, device=x.device, dtype=cu_seqlens.dtype), right=True
-            )
-            fall = torch.where(changes(ids[None] - 1, reverse)[..., None], -RESET, fall)
-    if seq_idx is not None:
-        padding = (seq_idx < 0)[:, :, None]
-        fall = torch.where(changes(seq_idx, reverse)[..., None], -RESET, fall)
-        step = step.masked_fill(padding, 0.0)
-        x, B, C = (t.masked_fill(padding[..., None], 0.0) for t in (x, B, C))
-        z = None if z is None else z.masked_fill(padding[..., None], 0.0)
-    y, state = scan(x, step, fall, B, C, D, z, state, layout, q, reverse, return_final_states)
-    if layout is not None:
-        y = layout.gather(y)
-    return (y, state) if return_final_states else y
+            changed = seq_idx != F.pad(seq_idx[:, :-1], (1, 0))
+        return self._replace(fall=torch.where(changed[..., None], -RESET, self.fall))
 
-
-def log_decay(step: torch.Tensor, A: torch.Tensor) -> torch.Tensor:
-    """A dt, in float64 where the device has it, so that prefix sums of it keep small differences."""
-    wide = torch.float32 if step.device.type == "mps" else torch.float64
-    return (step.to(wide) * A.to(wide)).clamp(min=-RESET)
-
-
-def changes(seq_idx: torch.Tensor, reverse: bool) -> torch.Tensor:
-    """True where the id differs from the one the scan met just before; before the first token it met 0."""
-    if reverse:
-        return seq_idx != F.pad(seq_idx[:, 1:], (0, 1))
-    return seq_idx != F.pad(seq_idx[:, :-1], (1, 0))
+    def silence(self, padding: torch.Tensor) -> "Tokens":
+        """Zero the padding tokens, so that neither they nor what is stored there reaches an output or a gradient."""
+        quiet = self.map(lambda t: t.masked_fill(padding.view(*padding.shape, *[1] * (t.dim() - 2)), 0.0))
+        return quiet._replace(fall=self.fall)
 
 
 class Layout:
@@ -127,32 +183,23 @@ class Layout:
     the chunk where the scan enters it (`begins`).  Gaps have step size 0, which leaves any state as it is.
     """
 
-    def __init__(self, cu_seqlens: torch.Tensor, length: int, q: int, reverse: bool):
+    def __init__(self, cu_seqlens: torch.Tensor, length: int, q: int, initial: torch.Tensor, reverse: bool):
+        nseqs = initial.shape[0]
+        if not torch.compiler.is_compiling():  # would pin symbolic sizes to the traced ones
+            q = min(q, max(16, 1 << (length // max(1, nseqs)).bit_length()))
         offsets = cu_seqlens.to(torch.int64)
-        nseqs = offsets.shape[0] - 1
-        if not torch.compiler.is_compiling():  # a Python loop over a symbolic size would be unrolled
-            mean = max(1, length // max(1, nseqs))
-            q = min(q, max(16, 1 << (mean - 1).bit_length()))
-        self.q, self.nseqs, self.chunks = q, nseqs, length // q + nseqs
         count = (offsets.diff() + q - 1) // q
         stop = count.cumsum(0)
         start = stop - count
+        seq = sequence_of(offsets, length)
+        self.q, self.chunks, self.initial = q, length // q + nseqs, initial
         chunk = torch.arange(self.chunks, device=offsets.device)
         self.owner = torch.searchsorted(stop, chunk, right=True).clamp(max=nseqs - 1)
-        self.begins = chunk == (stop[self.owner] - 1 if reverse else start[self.owner])
+        self.begins = (chunk == (stop - 1 if reverse else start)[self.owner])[:, None, None, None]
         self.last = (start if reverse else stop - 1).clamp(min=0)
-        self.empty = count == 0
-        token = torch.arange(length, device=offsets.device)
-        seq = torch.searchsorted(offsets, token, right=True) - 1
-        self.position = start[seq] * q + token - offsets[seq]
-
-    def enter(self, chunk: int, state: torch.Tensor, initial: torch.Tensor) -> torch.Tensor:
-        """The state entering a chunk: the running one, or the owner's initial one where its sequence begins."""
-        return torch.where(self.begins[chunk], initial[self.owner[chunk : chunk + 1]], state)
-
-    def finals(self, leaving: list[torch.Tensor], initial: torch.Tensor) -> torch.Tensor:
-        """Each sequence's last state out of the states leaving each chunk; an empty sequence keeps its initial one."""
-        return torch.where(self.empty[:, None, None, None], initial, torch.cat(leaving)[self.last])
+        self.empty = (count == 0)[:, None, None, None]
+        self.position = start[seq] * q + torch.arange(length, device=offsets.device) - offsets[seq]
+        self.leaving: list[torch.Tensor] = []
 
     def spread(self, t: torch.Tensor) -> torch.Tensor:
         """(1, seqlen, ...) -> (1, chunks * q, ...), zeros in the gaps."""
@@ -162,50 +209,53 @@ class Layout:
         """Undo `spread`."""
         return t.index_select(1, self.position)
 
+    def enter(self, chunk: int, state: torch.Tensor) -> torch.Tensor:
+        """The state entering a chunk: the running one, or the owner's initial one where its sequence begins."""
+        return torch.where(self.begins[chunk], self.initial[self.owner[chunk : chunk + 1]], state)
+
+    def finals(self) -> torch.Tensor:
+        """Each sequence's last state out of the states leaving each chunk; an empty sequence keeps its initial one."""
+        return torch.where(self.empty, self.initial, torch.cat(self.leaving)[self.last])
+
 
 def scan(
-    x: torch.Tensor,
-    step: torch.Tensor,
-    fall: torch.Tensor,
-    B: torch.Tensor,
-    C: torch.Tensor,
+    tokens: Tokens,
     D: torch.Tensor | None,
-    z: torch.Tensor | None,
     state: torch.Tensor | None,
-    layout: Layout | None,
     q: int,
     reverse: bool,
-    want_state: bool,
+    layout: Layout | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The scan over at least one token with step sizes and log-decays computed: y like x, and the last state(s)."""
+    """The scan over at least one token: y like x, and the last state (None when it started from None and needs none).
+
+    Short sequences are one chunk.  Long ones go piece by piece, so that temporaries stay in cache; under torch.compile,
+    which would unroll that loop, they are padded to one batch of chunks.
+    """
+    x = tokens.x
     b, length, h, p = x.shape
-    sizes = _piece_sizes(length, q, 4 * b * h * q * q)
-    initial = state
-    if layout is not None:
-        initial = step.new_zeros(layout.nseqs, h, p, B.shape[-1]) if state is None else state
-        state = None
-    want_state = want_state or len(sizes) > 1 or layout is not None
-    split = [(None,) * len(sizes) if t is None else t.split(sizes, dim=1) for t in (x, step, fall, B, C, z)]
-    pieces = list(zip(*split, strict=True))
-    firsts = [0]
-    for size in sizes:
-        firsts.append(firsts[-1] + size // q)
+    if length > q and state is None:
+        state = tokens.step.new_zeros(b, h, p, tokens.B.shape[3])
+    if length > q and torch.compiler.is_compiling():
+        missing = -length % q
+        padded = tokens.map(lambda t: F.pad(t, (*[0, 0] * (t.dim() - 2), 0, missing)))
+        y, state = _piece(padded, state, q, reverse, layout, 0)
+        return skip_and_gate(y[:, :length], x, D, tokens.z).to(x.dtype), state
+    sizes = piece_sizes(length, q, 4 * b * h * q * q)
+    pieces = tokens.split(sizes)
+    whole = torch.empty(x.shape, dtype=x.dtype, device=x.device) if in_place() else None
+    parts = [x] * len(pieces) if whole is None else list(whole.split(sizes, dim=1))
     order = range(len(pieces))
-    ys: list[torch.Tensor] = [x] * len(pieces)
-    leaving: list[list[torch.Tensor]] = [[]] * len(pieces)
     for i in reversed(order) if reverse else order:
-        px, ps, pf, pB, pC, pz = pieces[i]
-        y, leaving[i] = _piece(
-            px, ps, pf, pB, pC, state, initial, layout, firsts[i], min(q, px.shape[1]), reverse, want_state
-        )
-        state = None if not leaving[i] else leaving[i][0 if reverse else -1]
-        ys[i] = skip_and_gate(y, px, D, pz).to(x.dtype)
-    if layout is not None:
-        state = layout.finals([s for part in leaving for s in part], initial)
-    return (ys[0] if len(ys) == 1 else torch.cat(ys, dim=1)), state
+        part = pieces[i]
+        y, state = _piece(part, state, min(q, sizes[i]), reverse, layout, i * (sizes[0] // q))
+        y = skip_and_gate(y, part.x, D, part.z)
+        parts[i] = y.to(x.dtype) if whole is None else parts[i].copy_(y)
+    if whole is None:
+        whole = parts[0].contiguous() if len(parts) == 1 else torch.cat(parts, dim=1)
+    return whole, state
 
 
-def _piece_sizes(length: int, q: int, chunk_bytes: int) -> list[int]:
+def piece_sizes(length: int, q: int, chunk_bytes: int) -> list[int]:
     """Tokens of each piece: whole chunks whose decay matrices fit in PIECE_BYTES together, then what is left."""
     if length <= q:
         return [length]
@@ -215,20 +265,10 @@ def _piece_sizes(length: int, q: int, chunk_bytes: int) -> list[int]:
 
 
 def _piece(
-    x: torch.Tensor,
-    step: torch.Tensor,
-    fall: torch.Tensor,
-    B: torch.Tensor,
-    C: torch.Tensor,
-    state: torch.Tensor | None,
-    initial: torch.Tensor | None,
-    layout: Layout | None,
-    first: int,
-    q: int,
-    reverse: bool,
-    want_state: bool,
-) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    tokens: Tokens, state: torch.Tensor | None, q: int, reverse: bool, layout: Layout | None, first: int
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Whole chunks of q tokens: S C for every token, and the state that leaves them."""
+    x, step, fall, B, C, _ = tokens
     b, length, h, p = x.shape
     g, n = B.shape[2:]
     c, r, work = length // q, h // g, step.dtype
@@ -240,41 +280,72 @@ def _piece(
 
     scores = Cc @ Bc.transpose(-1, -2)  # b c g q q
     scores = (scores.triu() if reverse else scores.tril())[:, :, :, None]
-    weights = scores * decay(s[..., :, None] - s[..., None, :], work).unflatten(2, (g, r))
+    decays = decay(s[..., :, None] - s[..., None, :], work).unflatten(2, (g, r))
+    weights = decays.mul_(scores) if in_place() else decays * scores
     y = (weights.flatten(2, 3) @ u.transpose(2, 3)).transpose(2, 3)  # b c q h p
+    if state is None and layout is None:
+        return y.flatten(1, 2), None
 
-    if c == 1 and state is None and not want_state:
-        return y.flatten(1, 2), []
     edge = s[..., :1] if reverse else s[..., -1:]
     kept = u * decay(edge - s, work).transpose(2, 3)[..., None]
     added = (kept.unflatten(3, (g, r)).permute(0, 1, 3, 4, 5, 2).flatten(3, 4) @ Bc).view(b, c, h, p, n)
-    entering, leaving = _pass_states(added, decay(edge, work)[..., None], state, reverse, initial, layout, first)
+    across = decay(edge, work)[..., None]  # b c h 1 1
+    if torch.compiler.is_compiling():
+        entering, state = _pass_traced(added, across, state, reverse, layout)
+    else:
+        entering, state = _pass_stepwise(added, across, state, reverse, layout, first)
     seen = (Cc @ entering.view(b, c, g, r * p, n).transpose(-1, -2)).unflatten(-1, (r, p)).transpose(2, 3)
     y = torch.addcmul(y, seen.reshape(b, c, q, h, p), decay(s, work).transpose(2, 3)[..., None])
-    return y.flatten(1, 2), leaving
+    return y.flatten(1, 2), state
 
 
-def _pass_states(
+def _pass_stepwise(
     added: torch.Tensor,
-    kept: torch.Tensor,
+    across: torch.Tensor,
     state: torch.Tensor | None,
     reverse: bool,
-    initial: torch.Tensor | None,
     layout: Layout | None,
     first: int,
-) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """R_{c+1} = kept_c R_c + added_c from R_0 = state: the states entering each chunk, and the last one."""
-    if state is None:
-        state = torch.zeros_like(added[:, 0])
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """R_{c+1} = across_c R_c + added_c, chunk after chunk: the states entering each chunk, and the last one."""
+    chunks = list(enumerate(zip(added.unbind(1), across.unbind(1), strict=True), start=first))
+    running = torch.zeros_like(added[:, 0]) if state is None else state  # None: a layout of one chunk
     entering, leaving = [], []
-    triples = list(enumerate(zip(added.unbind(1), kept.unbind(1), strict=True)))
-    for i, (add, keep) in reversed(triples) if reverse else triples:
+    for chunk, (add, keep) in reversed(chunks) if reverse else chunks:
         if layout is not None:
-            state = layout.enter(first + i, state, initial)
-        entering.append(state)
-        state = torch.addcmul(add, state, keep)
-        leaving.append(state)
+            running = layout.enter(chunk, running)
+        entering.append(running)
+        running = torch.addcmul(add, running, keep)
+        leaving.append(running)
     if reverse:
         entering.reverse()
         leaving.reverse()
-    return torch.stack(entering, dim=1), leaving
+    if layout is not None:
+        layout.leaving = leaving + layout.leaving if reverse else layout.leaving + leaving
+    return (entering[0][:, None] if len(entering) == 1 else torch.stack(entering, dim=1)), running
+
+
+def _pass_traced(
+    added: torch.Tensor, across: torch.Tensor, state: torch.Tensor | None, reverse: bool, layout: Layout | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same recurrence by doubling strides: log2(chunks) steps to trace, whatever number of chunks a call has."""
+
+    def later(t: torch.Tensor, by: int) -> torch.Tensor:
+        """t, `by` chunks later in scan order, zeros before."""
+        return F.pad(t[:, by:], (*[0] * 6, 0, by)) if reverse else F.pad(t[:, :-by], (*[0] * 6, by, 0))
+
+    chunks = added.shape[1]
+    if layout is not None:
+        start, begins = layout.initial[layout.owner][None], layout.begins[None]
+    else:
+        assert state is not None  # scan() starts from zeros when there is more than one chunk
+        first = chunks - 1 if reverse else 0
+        start, begins = state[:, None], (torch.arange(chunks, device=added.device) == first).view(1, -1, 1, 1, 1)
+    total = added + torch.where(begins, across * start, 0.0)
+    keep = torch.where(begins, 0.0, across)
+    stride = 1
+    while stride < chunks:
+        total, keep, stride = total + keep * later(total, stride), keep * later(keep, stride), 2 * stride
+    if layout is not None:
+        layout.leaving = [total[0]]
+    return torch.where(begins, start, later(total, 1)), total[:, 0 if reverse else -1]

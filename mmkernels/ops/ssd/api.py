@@ -77,7 +77,8 @@ def ssd_scan(
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     r"""Run the Mamba-2 state-space recurrence over a batch of sequences, in time linear in their length.
 
-    Per head, with $\hat\Delta_t = \mathrm{clamp}(\mathrm{softplus}(dt_t + dt\_bias))$ and group $g = \lfloor hG/H \rfloor$:
+    Per head $h$, with $\hat\Delta_t = \mathrm{clamp}(\mathrm{softplus}(dt_t + dt\_bias))$ and $B$, $C$ of group
+    $\lfloor hG/H \rfloor$:
 
     $$S_t = e^{A \hat\Delta_t} S_{t-1} + \hat\Delta_t\, x_t B_t^\top, \qquad
       y_t = (S_t C_t + D\, x_t) \cdot \mathrm{silu}(z_t)$$

@@ -4,6 +4,8 @@ Equation 16 of Dao and Gu, "Transformers are SSMs" (2024), with the Euler input 
 no cumulative sums, nothing to get wrong.  Works in float64 when x is float64, else in float32.
 """
 
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 
@@ -65,9 +67,8 @@ def ssd_scan(
         state = xw.new_zeros(x.shape[0], *x.shape[2:], B.shape[-1]) if initial_states is None else initial_states
         y, final = _scan(xw, step, Aw, Bw, Cw, state.to(work), seq_idx, reverse)
     else:
-        ends = cu_seqlens.tolist()
         ys, finals = [], []
-        for i, (start, end) in enumerate(zip(ends[:-1], ends[1:], strict=True)):
+        for i, (start, end) in enumerate(pairwise(cu_seqlens.tolist())):
             one = slice(start, end)
             state = xw.new_zeros(1, *x.shape[2:], B.shape[-1]) if initial_states is None else initial_states[i : i + 1]
             part = (xw[:, one], step[:, one], Aw, Bw[:, one], Cw[:, one])
