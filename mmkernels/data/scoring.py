@@ -18,7 +18,7 @@ def canvas_loss(logits: Tensor, batch: dict[str, Tensor], *, image_id: int, dens
     """Cross-entropy of the answer plus `dense` times that of every image token naming its own cell.
 
     loss = CE(logits at the last position, answer) + dense * mean over image tokens of CE(logits there, cell's word).
-    The dense term teaches the patches to be read long before the answer alone would.
+    The dense term gives every patch something to learn from in every batch; the answer alone asks about one cell.
 
     Args:
         logits: (batch, seqlen, vocab), unshifted: position t holds what the model says after token t.
