@@ -26,12 +26,14 @@ def backends_of(op: str, *, testable=("native", "torch")) -> list[str]:
 
 
 def pairs(small_only: bool = False, testable=("native", "torch"), pure_only: bool = False):
-    for op in OPS:
-        for backend in backends_of(op, testable=testable):
-            for case in CASES.get(op, []):
-                # an op that updates its state in place has no gradients of its own: the scan it belongs to has them
-                if (case.small or not small_only) and not (pure_only and case.mutates):
-                    yield pytest.param(case, backend, id=f"{op}-{backend}-{case.id}")
+    # an op that updates its state in place has no gradients of its own: the scan it belongs to has them
+    return [
+        pytest.param(case, backend, id=f"{op}-{backend}-{case.id}")
+        for op in OPS
+        for backend in backends_of(op, testable=testable)
+        for case in CASES.get(op, [])
+        if (case.small or not small_only) and not (pure_only and case.mutates)
+    ]
 
 
 def differentiable(case, args):
@@ -86,7 +88,7 @@ def test_error_bar(case, backend, dtype, count_backend):
 @pytest.mark.parametrize(
     ("case", "backend"), pairs(small_only=True, testable=("native", "torch", "reference"), pure_only=True)
 )
-def test_gradients_by_finite_differences(case, backend):
+def test_gradients_by_finite_differences(case, backend, count_backend):
     args = case.args(torch.float64, grad=True)
     names = list(differentiable(case, args))
 
@@ -96,6 +98,7 @@ def test_gradients_by_finite_differences(case, backend):
     tensors = tuple(args[n] for n in names)
     assert torch.autograd.gradcheck(function, tensors, fast_mode=True)
     assert torch.autograd.gradgradcheck(function, tensors, fast_mode=True, atol=1e-4)
+    count_backend(case.op, backend)
 
 
 @pytest.mark.parametrize(("case", "backend"), pairs(small_only=True))
