@@ -31,7 +31,7 @@ struct Backward {
   A *dy, *grown_dy, *dy_turned;  // dY, e^{s_i} dY_i, and dY as [headdim][tokens]
   A *products, *weights;       // x_j . dY_i; (B_j . C_i) e_ij
   A* pair_sums;                // W summed over heads
-  A* crossing;                 // running sums over j of W_ij (B_j . C_i)
+  A *crossing, *lost;          // running sums over j of W_ij (B_j . C_i), and what rounding took from them
   A *du, *from_state;          // du; e^{s_i} R^T dY_i
   A *x_du, *q, *r, *w;         // sums of each token
   A *grad_B, *grad_C;
@@ -51,7 +51,7 @@ struct Backward {
     for (A** rows : by_token) *rows = arena.take<A>(tokens * pairs);
     A** const by_state[] = {&from_state, &grad_B, &grad_C};
     for (A** rows : by_state) *rows = arena.take<A>(tokens * keys.row);
-    A** const one_each[] = {&x_du, &q, &r, &w, &crossing};
+    A** const one_each[] = {&x_du, &q, &r, &w, &crossing, &lost};
     for (A** values : one_each) *values = arena.take<A>(pairs);
     dy_turned = arena.take<A>(a.headdim * pairs);
     gradients = arena.take<A>(most_heads * state_size);
@@ -191,7 +191,7 @@ struct Backward {
     Product<A> p{tokens, tokens, a.headdim, x, width, 1, dy_turned, pairs, products, pairs};
     p.upper = true;
     multiply(p);
-    clear(crossing, whole);
+    clear(crossing, whole), clear(lost, whole);
     w[0] = A(0);
     V part[V::size];
     for (int64_t j = 0; j < tokens; ++j) {
@@ -218,8 +218,10 @@ struct Backward {
       const V score = V::load(keys.scores + at + i), product = V::load(products + at + i) * decay * dt;
       (score * decay).store(weights + at + i);
       (first ? product : product + V::load(pair_sums + at + i)).store(pair_sums + at + i);
-      const V running = fma(product, score, V::load(crossing + i));
+      // Kahan's sum: a rounding error here would stay in w of all later tokens, and add up in the gradient of A.
+      const V before = V::load(crossing + i), term = product * score - V::load(lost + i), running = before + term;
       running.store(crossing + i);
+      ((running - before) - term).store(lost + i);
       if (i > next) sum += running;
       if (i == next) sum += from_lane(j + 1, i, running);
     }
