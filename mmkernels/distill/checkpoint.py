@@ -1,5 +1,6 @@
 """Checkpoints that survive kill -9 and a full disk: written beside, synced, then renamed into place."""
 
+import hashlib
 import json
 import os
 import random
@@ -64,6 +65,7 @@ def save_checkpoint(
     progress: Progress,
     random_states: list[dict[str, Any]],
     recipe: DistillRecipe,
+    teacher: str,
     keep: int,
 ) -> Path:
     """Writes one checkpoint atomically and removes all but the latest `keep`.
@@ -72,6 +74,7 @@ def save_checkpoint(
         folder: holds the checkpoints, one directory `step-<global step>` each.
         student: all of its weights are written, frozen ones too, so that a checkpoint stands alone.
         optimizer_state, progress, random_states (one per process), recipe: the rest of the run.
+        teacher: its `fingerprint`.
         keep: how many finished checkpoints stay.
 
     Returns:
@@ -93,7 +96,7 @@ def save_checkpoint(
         state = {"optimizer": optimizer_state, "progress": vars(progress), "random": random_states}
         torch.save(state, temporary / _STATE)
         sizes = {name: (temporary / name).stat().st_size for name in (_WEIGHTS, _STATE)}
-        manifest = {"format": FORMAT, "recipe": recipe.to_dict(), "files": sizes}
+        manifest = {"format": FORMAT, "recipe": recipe.to_dict(), "teacher": teacher, "files": sizes}
         (temporary / _MANIFEST).write_text(json.dumps(manifest, indent=2), encoding="utf-8")
         for path in [*temporary.iterdir(), temporary]:
             _sync(path)
@@ -129,16 +132,26 @@ def clear_unfinished(folder: Path) -> None:
         shutil.rmtree(path)
 
 
-def read_manifest(checkpoint: Path, recipe: DistillRecipe) -> None:
-    """Checks that a checkpoint is whole and belongs to this recipe.
+def fingerprint(model: nn.Module) -> str:
+    """A short digest of a model: names and shapes of its parameters and the first numbers of each."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        head = parameter.detach().flatten()[:64].to("cpu", torch.float64)
+        digest.update(f"{name} {tuple(parameter.shape)}".encode() + head.numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def read_manifest(checkpoint: Path, recipe: DistillRecipe, teacher: str) -> None:
+    """Checks that a checkpoint is whole and belongs to this recipe and teacher.
 
     Raises:
-        CheckpointError: a file is missing or of another size, the format is unknown, or the recipe differs.
+        CheckpointError: a file is missing or of another size, the format is unknown, or recipe or teacher differ.
     """
     try:
         manifest = json.loads((checkpoint / _MANIFEST).read_text(encoding="utf-8"))
         sizes = {name: (checkpoint / name).stat().st_size for name in manifest["files"]}
         known, files, written = manifest["format"], manifest["files"], manifest["recipe"]
+        taught_by = manifest["teacher"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
             f"load_checkpoint: checkpoint must be complete; got {type(error).__name__}: {error} in {checkpoint}. "
@@ -153,6 +166,11 @@ def read_manifest(checkpoint: Path, recipe: DistillRecipe) -> None:
         raise CheckpointError(
             f"load_checkpoint: checkpoint must have files of {files} bytes; got {sizes} in {checkpoint}. "
             "Delete that folder to go on from the one before it."
+        )
+    if taught_by != teacher:
+        raise CheckpointError(
+            f"load_checkpoint: teacher must be the one the run was started with ({taught_by}); got {teacher} "
+            f"({checkpoint}). Give the same teacher, or choose another output folder."
         )
     changes = differences(written, recipe.to_dict())
     if changes:

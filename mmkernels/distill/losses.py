@@ -168,6 +168,24 @@ def _chunk_rows(logits: Tensor) -> int:
     return max(1, _CHUNK_ELEMENTS // max(1, logits.shape[-1]))
 
 
+def _check_logits(student_logits: Tensor, teacher_logits: Tensor, mask: Tensor | None) -> None:
+    if student_logits.ndim != 3 or student_logits.shape[:2] != teacher_logits.shape[:2]:
+        raise ShapeError(
+            f"logit_kl: student_logits must have shape (batch, seqlen, vocab) like teacher_logits "
+            f"{tuple(teacher_logits.shape)}; got {tuple(student_logits.shape)}. Run both models on the same batch."
+        )
+    if student_logits.shape != teacher_logits.shape:
+        raise ShapeError(
+            f"logit_kl: student_logits must have the teacher's vocabulary of {teacher_logits.shape[-1]} words; got "
+            f"{student_logits.shape[-1]}. Distillation by logits needs one tokenizer for both models."
+        )
+    if mask is not None and mask.shape != student_logits.shape[:2]:
+        raise ShapeError(
+            f"logit_kl: mask must have shape {tuple(student_logits.shape[:2])}; got {tuple(mask.shape)}. "
+            "It marks positions of the sequence."
+        )
+
+
 def logit_kl(
     student_logits: Tensor,
     teacher_logits: Tensor,
@@ -209,21 +227,7 @@ def logit_kl(
         raise ConfigError(f"logit_kl: reduction must be known; got {reduction!r}. {nearest(reduction, KL_REDUCTIONS)}")
     if not temperature > 0:
         raise ConfigError(f"logit_kl: temperature must be positive; got {temperature}. 1.0 is the paper's.")
-    if student_logits.ndim != 3 or student_logits.shape[:2] != teacher_logits.shape[:2]:
-        raise ShapeError(
-            f"logit_kl: student_logits must have shape (batch, seqlen, vocab) like teacher_logits "
-            f"{tuple(teacher_logits.shape)}; got {tuple(student_logits.shape)}. Run both models on the same batch."
-        )
-    if student_logits.shape != teacher_logits.shape:
-        raise ShapeError(
-            f"logit_kl: student_logits must have the teacher's vocabulary of {teacher_logits.shape[-1]} words; got "
-            f"{student_logits.shape[-1]}. Distillation by logits needs one tokenizer for both models."
-        )
-    if mask is not None and mask.shape != student_logits.shape[:2]:
-        raise ShapeError(
-            f"logit_kl: mask must have shape {tuple(student_logits.shape[:2])}; got {tuple(mask.shape)}. "
-            "It marks positions of the sequence."
-        )
+    _check_logits(student_logits, teacher_logits, mask)
     batch, seqlen, _ = student_logits.shape
     if mask is None:
         rows = torch.arange(batch * seqlen, device=student_logits.device)

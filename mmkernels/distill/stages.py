@@ -196,11 +196,8 @@ def layerwise_loss(
     errors = layer_errors(ours, goals, counted, reduction=reduction)
     with torch.no_grad():
         size = layer_errors([torch.zeros_like(goal) for goal in goals], goals, counted, reduction=reduction)
-        metrics = {
-            "mse": errors.detach().mean(),
-            "mse_max": errors.detach().max(),
-            "relative": (errors.detach() / size.clamp_min(torch.finfo(size.dtype).tiny)).mean(),
-        }
+        relative = errors / size.clamp_min(torch.finfo(size.dtype).tiny)
+        metrics = {"mse": errors.mean(), "mse_max": errors.max(), "relative": relative.mean()}
     return StageLoss(scale * errors.mean(), metrics)
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmkernels._env import running_in_ci
+from mmkernels._progress import progress_bar
 from mmkernels.distill import checkpoint as ckpt
 from mmkernels.distill.linearize import linearize, restore_attention
 from mmkernels.distill.optim import learning_rate, make_optimizer
@@ -116,7 +116,7 @@ class Distiller:
             self.student = linearize(teacher, recipe.keep_attention, seeding=recipe.seeding, seed=recipe.seed)
         check_pair(self.student, teacher)
         self.output_dir = None if output_dir is None else Path(output_dir)
-        self.show = progress and self.accelerator.is_main_process and not running_in_ci()
+        self.show = progress and self.accelerator.is_main_process
         self.tensorboard = tensorboard and self.accelerator.is_main_process
         self.history: list[dict[str, Any]] = []
         self.at = ckpt.Progress()
@@ -148,11 +148,14 @@ class Distiller:
                 f"Distiller: output_dir must hold no checkpoints when resume is False; got {found[-1]}. "
                 "Resume, or choose another folder."
             )
-        ckpt.read_manifest(found[-1], self.recipe)
+        ckpt.read_manifest(found[-1], self.recipe, ckpt.fingerprint(self.teacher))
         return found[-1]
 
     def run(self) -> DistillResult:
-        """Runs what is left of the recipe and returns the student with the log of the whole run."""
+        """Runs what is left of the recipe and returns the student with the log of the whole run.
+
+        Seeds Python, numpy and torch with the recipe's seed (plus the process number).
+        """
         from accelerate.utils import set_seed
 
         set_seed(self.recipe.seed, device_specific=True)
@@ -330,12 +333,10 @@ class Distiller:
                 progress=copy.copy(self.at),
                 random_states=states,
                 recipe=self.recipe,
+                teacher=ckpt.fingerprint(self.teacher),
                 keep=self.recipe.keep_checkpoints,
             )
         self.accelerator.wait_for_everyone()
 
     def _bar(self, stage: StageConfig) -> Any:
-        from tqdm import tqdm
-
-        hidden = {} if self.show else {"disable": True}  # left out when shown, so that TQDM_DISABLE is heard
-        return tqdm(total=stage.steps, initial=self.at.step, desc=stage.name, unit="step", **hidden)
+        return progress_bar(stage.steps, stage.name, initial=self.at.step, show=self.show)

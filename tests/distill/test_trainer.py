@@ -1,3 +1,4 @@
+import copy
 import dataclasses
 import json
 import os
@@ -153,6 +154,11 @@ def test_another_recipe_is_refused(teacher, task, make_recipe, tmp_path):
         Distiller(recipe, teacher, linearize(teacher), task.source(), output_dir=tmp_path, resume=False)
     with pytest.raises(CheckpointError, match="this student's weights"):
         run(recipe, teacher, linearize(teacher, [1]), task.source(), output_dir=tmp_path)
+    changed = copy.deepcopy(teacher)
+    with torch.no_grad():
+        changed.lm_head.weight[0, 0] += 1
+    with pytest.raises(CheckpointError, match="teacher must be the one"):
+        Distiller(recipe, changed, linearize(changed), task.source(), output_dir=tmp_path)
     logging = dataclasses.replace(recipe, log_every=2, about="other words", keep_checkpoints=1)
     Distiller(logging, teacher, linearize(teacher), task.source(), output_dir=tmp_path)  # changes no number
 
