@@ -95,10 +95,13 @@ class Backend:
         return self.unavailable() or "ready"
 
 
-@torch.compiler.assume_constant_result
 def _unavailable(op: str, backend: str) -> str | None:
     # Constant under torch.compile: importing modules and loading libraries happens while tracing, never in the graph.
     return _OPS[op].entries[backend].unavailable()
+
+
+# What torch.compiler.assume_constant_result sets; calling it would import the whole compiler, a second at every start.
+_unavailable._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 class Op:
@@ -123,7 +126,12 @@ class Op:
         """Run the call on the resolved backend.  `args` are the validated keyword arguments of the implementation."""
         if _override.explaining:
             raise _Explained(self._explanation(backend, args))
-        return self.resolve(backend, args)(**args)
+        implementation, device = self.resolve(backend, args), args[self.key].device.type
+        if device in AUTOMATIC and torch.is_autocast_enabled(device):
+            # The dtypes of the arguments say where to round; autocast must not narrow products inside an op as well.
+            with torch.autocast(device, enabled=False):
+                return implementation(**args)
+        return implementation(**args)
 
     def resolve(self, backend: str | None, args: dict[str, Any]) -> Callable[..., Any]:
         """The implementation that runs this call, or a BackendError with every reason."""

@@ -19,6 +19,7 @@ class Case:
         build: makes float64 CPU keyword arguments of the public function from a seeded generator.
         small: few enough elements for numerical differentiation (gradcheck, gradgradcheck).
         mutates: arguments the op writes in place; they count as outputs.
+        summands: products behind one result (tokens that a gradient sums over), if backends may add them in any order.
     """
 
     op: str
@@ -26,6 +27,7 @@ class Case:
     build: Callable[[torch.Generator], dict[str, Any]]
     small: bool = False
     mutates: tuple[str, ...] = ()
+    summands: int = 0
 
     def args(
         self, dtype: torch.dtype = torch.float32, device: str = "cpu", seed: int = 0, grad: bool = False

@@ -119,7 +119,7 @@ _BLOCKS = torch.arange(100, dtype=torch.int32).div(37, rounding_mode="floor").ex
 
 register_cases(
     *(
-        Case("ssd_scan", name, build, small=True)
+        Case("ssd_scan", name, build, small=True, summands=14)  # gradients of A and dt_bias sum over 14 tokens at most
         for name, build in (
             ("plain", _scan(2, 5, 2, 3, 2, chunk_size=3)),
             ("one-token", _scan(2, 1, 2, 3, 2, **_MIXER, **_FINAL)),
@@ -152,20 +152,21 @@ register_cases(
         )
     ),
     *(
-        Case("ssd_scan", name, build)
-        for name, build in (
-            ("empty-seqlen", _scan(2, 0, 2, 3, 2, **_MIXER, states=2, **_FINAL)),
-            ("empty-batch", _scan(0, 5, 2, 3, 2, **_MIXER, chunk_size=2, **_FINAL)),
-            ("empty-packed", _scan(1, 0, 2, 3, 2, states=2, cu_seqlens=_bounds(0, 0, 0), **_FINAL)),
-            ("steep", _steep),
-            ("odd-65", _scan(2, 65, 6, 17, 19, 3, **_MIXER, states=2, **_FINAL)),
-            ("odd-129-reverse", _scan(1, 129, 6, 5, 33, 2, **_MIXER, reverse=True, **_FINAL)),
-            ("chunk-256", _scan(1, 300, 2, 16, 16, **_MIXER, chunk_size=256, **_FINAL)),
-            ("mamba2", _scan(1, 130, 4, 64, 128, **_MIXER, **_FINAL)),
-            ("training", _scan(8, 20, 4, 32, 32, **_MIXER)),
-            ("ids-100", _scan(2, 100, 4, 16, 16, **_MIXER, seq_idx=_BLOCKS)),
+        Case("ssd_scan", name, build, summands=tokens)
+        for name, tokens, build in (
+            ("empty-seqlen", 0, _scan(2, 0, 2, 3, 2, **_MIXER, states=2, **_FINAL)),
+            ("empty-batch", 0, _scan(0, 5, 2, 3, 2, **_MIXER, chunk_size=2, **_FINAL)),
+            ("empty-packed", 0, _scan(1, 0, 2, 3, 2, states=2, cu_seqlens=_bounds(0, 0, 0), **_FINAL)),
+            ("steep", 40, _steep),
+            ("odd-65", 130, _scan(2, 65, 6, 17, 19, 3, **_MIXER, states=2, **_FINAL)),
+            ("odd-129-reverse", 129, _scan(1, 129, 6, 5, 33, 2, **_MIXER, reverse=True, **_FINAL)),
+            ("chunk-256", 300, _scan(1, 300, 2, 16, 16, **_MIXER, chunk_size=256, **_FINAL)),
+            ("mamba2", 130, _scan(1, 130, 4, 64, 128, **_MIXER, **_FINAL)),
+            ("training", 160, _scan(8, 20, 4, 32, 32, **_MIXER)),
+            ("ids-100", 200, _scan(2, 100, 4, 16, 16, **_MIXER, seq_idx=_BLOCKS)),
             (
                 "packed-150",
+                150,
                 _scan(1, 150, 4, 16, 16, 2, **_MIXER, states=5, cu_seqlens=_bounds(0, 64, 65, 65, 130, 150), **_FINAL),
             ),
         )

@@ -27,8 +27,13 @@ class _Poison(TorchDispatchMode):
 def poisoned_allocations() -> Iterator[None]:
     """Fill every uninitialised floating tensor allocated inside the block with NaN (torch.empty and its relatives).
 
-    Native C++ kernels allocate through the same ATen calls; the sanitizer build watches their
-    own scratch memory.
+    A dispatch mode does not see what a C++ op allocates inside; torch's own switch for deterministic results fills
+    that.  The scratch memory of the kernels is poisoned by the sanitizer build.
     """
-    with _Poison():
-        yield
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        with _Poison():
+            yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
