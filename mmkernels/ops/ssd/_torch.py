@@ -94,7 +94,8 @@ def ssd_scan(
         rows = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
         state = x.new_zeros(rows, heads, x.shape[3], B.shape[3], dtype=work)
     if length == 0:
-        return _results(torch.zeros_like(x), state, return_final_states)
+        nothing = skip_and_gate(torch.zeros_like(x, dtype=work), x, D, z).to(x.dtype)
+        return _results(nothing, state, return_final_states)
     step = step_size(dt, dt_bias, dt_softplus, dt_limit, work)
     tokens = Tokens(x, step, log_decay(step, A), B, C, z)
     q = chunk_size or default_chunk(x.device)
@@ -270,7 +271,7 @@ def _piece(
     """Whole chunks of q tokens: S C for every token, and the state that leaves them."""
     x, step, fall, B, C, _ = tokens
     b, length, h, p = x.shape
-    g, n = B.shape[2:]
+    g = B.shape[2]
     c, r, work = length // q, h // g, step.dtype
     Bc = B.to(work).unflatten(1, (c, q)).transpose(2, 3)  # b c g q n
     Cc = C.to(work).unflatten(1, (c, q)).transpose(2, 3)
@@ -288,13 +289,13 @@ def _piece(
 
     edge = s[..., :1] if reverse else s[..., -1:]
     kept = u * decay(edge - s, work).transpose(2, 3)[..., None]
-    added = (kept.unflatten(3, (g, r)).permute(0, 1, 3, 4, 5, 2).flatten(3, 4) @ Bc).view(b, c, h, p, n)
+    added = (kept.unflatten(3, (g, r)).permute(0, 1, 3, 4, 5, 2).flatten(3, 4) @ Bc).unflatten(3, (r, p)).flatten(2, 3)
     across = decay(edge, work)[..., None]  # b c h 1 1
     if torch.compiler.is_compiling():
         entering, state = _pass_traced(added, across, state, reverse, layout)
     else:
         entering, state = _pass_stepwise(added, across, state, reverse, layout, first)
-    seen = (Cc @ entering.view(b, c, g, r * p, n).transpose(-1, -2)).unflatten(-1, (r, p)).transpose(2, 3)
+    seen = (Cc @ entering.unflatten(2, (g, r)).flatten(3, 4).transpose(-1, -2)).unflatten(-1, (r, p)).transpose(2, 3)
     y = torch.addcmul(y, seen.reshape(b, c, q, h, p), decay(s, work).transpose(2, 3)[..., None])
     return y.flatten(1, 2), state
 
