@@ -6,6 +6,7 @@ status()    everything `mmkernels info` shows about it
 """
 
 import contextlib
+import dataclasses
 import errno
 import json
 import logging
@@ -32,13 +33,14 @@ _log = logging.getLogger("mmkernels")
 _guard = threading.Lock()
 
 
+@dataclasses.dataclass
 class _State:
     library: Path | None = None  # what is loaded
     origin: str = ""
-    report: dict[str, Any] = {}
+    report: dict[str, Any] = dataclasses.field(default_factory=dict)
     reason: str | None = None  # why nothing is
     output: str = ""  # what the compiler said
-    remarks: list[str] = []
+    remarks: list[str] = dataclasses.field(default_factory=list)
 
 
 _state = _State()
