@@ -268,13 +268,13 @@ def launch(out, micro_batch, *options, processes=1, wait=True):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     if wait:
-        output, _ = process.communicate(timeout=300)
+        output, _ = process.communicate(timeout=600)
         assert process.returncode == 0, output.decode()[-3000:]
     return process
 
 
 def wait_for_lines(process, path, count):
-    deadline = time.monotonic() + 200
+    deadline = time.monotonic() + 500
     while time.monotonic() < deadline:
         if path.is_file() and path.read_text().count("\n") >= count:
             return
