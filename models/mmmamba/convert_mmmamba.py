@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from tqdm import tqdm
 
+from mmkernels._progress import progress_bar
 from mmkernels.errors import CheckpointError, ConfigError, nearest
 from mmkernels.models.common.checkpoint_files import check_weights, listing, read_json, read_weights
 from mmkernels.models.mmmamba.configuration_mmmamba import FULL, LINEAR, MMMambaConfig
@@ -205,8 +205,10 @@ def _from_official(
     wanted = {entry.official: entry.shape(shapes) for entry in table}
     check_weights(path, weights, {**wanted, **dead}, optional=dead)
     ours: dict[str, Tensor] = {}
-    for entry in tqdm(table, desc="converting", unit="tensor", disable=None if progress else True):
-        ours.update(entry.split(weights[entry.official], shapes, config))
+    with progress_bar(len(table), "converting", show=progress) as bar:
+        for entry in table:
+            ours.update(entry.split(weights[entry.official], shapes, config))
+            bar.update()
     return ours
 
 

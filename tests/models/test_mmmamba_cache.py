@@ -120,6 +120,15 @@ def test_a_conversation_continues_from_its_cache(tiny_model, kind):
     assert torch.equal(model.generate(longer, past_key_values=fork, **run), fresh)
 
 
+def test_a_reset_cache_starts_afresh(tiny_model, kind):
+    model, ids = tiny_model(kind), tokens(2, 5)
+    cache = DynamicCache(config=model.config)
+    first = model(ids, past_key_values=cache).logits
+    cache.reset()
+    assert close(model(ids, past_key_values=cache).logits, first)
+    assert cache.get_seq_length() == 5
+
+
 def test_sampling_several_sequences_per_prompt(tiny_model, kind):
     model, ids = tiny_model(kind), tokens(1, 5)
     torch.manual_seed(0)
