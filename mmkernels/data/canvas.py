@@ -305,17 +305,22 @@ class CanvasTask:
             yield self.batch(index, batch_size, split=split)
             index += 1
 
-    def source(self, split: str = "train") -> Callable[[int, int], dict[str, Tensor]]:
+    def source(self, split: str = "train", *, start: int = 0) -> Callable[[int, int], dict[str, Tensor]]:
         """A function from (batch number, batch size) to a batch that models and `mmkernels.distill` take as it is.
 
-        To `batch` it adds pixel_values (the images as they are, in [0, 1]) and answer_mask, True at the last position.
+        To `batch` it adds pixel_values (the images as they are, in [0, 1]) and answer_mask: True where the model says
+        something about the canvas, at the image tokens and at the last position.
+
+        Args:
+            split: "train" or "test".
+            start: added to every batch number, for data that another run has not seen.
         """
 
         def fetch(index: int, size: int) -> dict[str, Tensor]:
-            batch = self.batch(index, size, split=split)
-            answer = torch.zeros(batch["input_ids"].shape, dtype=torch.bool)
-            answer[:, -1] = True
-            return {**batch, "pixel_values": batch["images"], "answer_mask": answer}
+            batch = self.batch(start + index, size, split=split)
+            says = batch["input_ids"] == self.image_id
+            says[:, -1] = True
+            return {**batch, "pixel_values": batch["images"], "answer_mask": says}
 
         return fetch
 

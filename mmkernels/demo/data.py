@@ -1,36 +1,10 @@
-"""Canvas batches as the models and the distillation take them, and the processor that makes the same from a PNG."""
+"""Canvases as PNG files, and the processor that makes of a PNG what a canvas batch holds."""
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from mmkernels.data import CanvasTask
-
-
-def model_inputs(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The part of a canvas batch that a model takes."""
-    return {
-        "input_ids": batch["input_ids"],
-        "attention_mask": batch["attention_mask"],
-        "pixel_values": batch["images"],
-    }
-
-
-def distillation_source(task: CanvasTask, start: int) -> Callable[[int, int], dict[str, Tensor]]:
-    """Batches for the trainer, numbered from `start`, so that no arm sees the teacher's batches again.
-
-    `answer_mask` marks the positions that say something about the canvas: its image tokens and the last one.
-    """
-
-    def fetch(index: int, size: int) -> dict[str, Tensor]:
-        batch = task.batch(start + index, size)
-        says = batch["input_ids"] == task.image_id
-        says[:, -1] = True
-        return {**model_inputs(batch), "answer_mask": says}
-
-    return fetch
 
 
 def canvas_processor(task: CanvasTask, config: Any) -> Any:

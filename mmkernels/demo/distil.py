@@ -5,7 +5,7 @@ from typing import Any
 
 from mmkernels.data import CanvasTask
 from mmkernels.demo.answer import load
-from mmkernels.demo.data import canvas_processor, distillation_source
+from mmkernels.demo.data import canvas_processor
 from mmkernels.demo.teacher import accuracy
 from mmkernels.errors import ConfigError
 
@@ -58,7 +58,7 @@ def distil_saved_teacher(
         recipe,
         teacher,
         None,
-        distillation_source(task, _FIRST_BATCH),
+        task.source(start=_FIRST_BATCH),
         output_dir=out,
         resume=resume,
         tensorboard=True,

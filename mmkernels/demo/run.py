@@ -13,7 +13,7 @@ import torch
 from mmkernels._progress import progress_bar
 from mmkernels.data import CanvasTask
 from mmkernels.demo.controls import Controls
-from mmkernels.demo.data import canvas_processor, distillation_source, save_canvases
+from mmkernels.demo.data import canvas_processor, save_canvases
 from mmkernels.demo.report import accuracy_table, decode_table, machine_facts, targets, write_report
 from mmkernels.demo.scaling import decode_series
 from mmkernels.demo.settings import DemoSettings
@@ -79,7 +79,7 @@ def distil(
     recipe = dataclasses.replace(demo_recipe(settings), seeding=seeding)
     student = linearize(teacher, seeding=seeding, seed=settings.seed)
     scores = {f"{prefix}_seeded": accuracy(student, task, settings.questions)}
-    data = distillation_source(task, settings.teacher_steps)
+    data = task.source(start=settings.teacher_steps)
     for name in ("stage1", "stage2"):
         student = run(recipe.only(name), teacher, student, data, progress=progress).student
         scores[f"{prefix}_{name}"] = accuracy(student, task, settings.questions)
@@ -90,7 +90,7 @@ def finish(settings: DemoSettings, task: CanvasTask, teacher: Any, student: Any,
     """Stage 3: the student (linear or hybrid) imitates the teacher's words end to end."""
     from mmkernels.distill import run
 
-    data = distillation_source(task, settings.teacher_steps)
+    data = task.source(start=settings.teacher_steps)
     return run(demo_recipe(settings).only("stage3"), teacher, student, data, progress=progress).student
 
 

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 
 from mmkernels.data import CanvasTask, answer_accuracy, canvas_loss
-from mmkernels.demo.data import model_inputs
 
 # Wide initial weights (a common 0.02 is made for models ten times as wide): 0.96 against 0.67 after 1000 steps.
 _INITIALIZER_RANGE = 0.08
@@ -66,12 +65,14 @@ def train_on_answers(
         learning_rate: peak of the cosine schedule.
     """
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
-    losses = []
+    from mmkernels.distill import model_inputs
+
+    losses, source = [], task.source()
     model.train()
     for step in range(1, steps + 1):
         for group in optimizer.param_groups:
             group["lr"] = cosine_rate(step, steps, learning_rate)
-        batch = task.batch(step - 1, batch_size)
+        batch = source(step - 1, batch_size)
         loss = canvas_loss(model(**model_inputs(batch), use_cache=False).logits, batch, image_id=task.image_id)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -87,12 +88,14 @@ def train_on_answers(
 @torch.no_grad()
 def accuracy(model: Any, task: CanvasTask, questions: int, *, batch_size: int = 250) -> dict[str, float]:
     """Share of right answers on unseen canvases: {"all": ..., kind: ...}."""
-    was_training = model.training
+    from mmkernels.distill import model_inputs
+
+    was_training, source = model.training, task.source("test")
     model.eval()
     right: dict[str, int] = {}
     asked: dict[str, int] = {}
     for index in range(math.ceil(questions / batch_size)):
-        batch = task.batch(index, min(batch_size, questions - index * batch_size), split="test")
+        batch = source(index, min(batch_size, questions - index * batch_size))
         logits = model(**model_inputs(batch), use_cache=False, logits_to_keep=1).logits
         for kind, (good, total) in answer_accuracy(logits, batch, task.kinds).items():
             right[kind] = right.get(kind, 0) + good

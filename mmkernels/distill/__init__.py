@@ -10,6 +10,7 @@ from mmkernels.distill.stages import (
     capture_mixers,
     layerwise_loss,
     logit_loss,
+    model_inputs,
     set_trainable,
     trainable_names,
 )
@@ -31,6 +32,7 @@ __all__ = [
     "load_recipe",
     "logit_kl",
     "logit_loss",
+    "model_inputs",
     "parse_keep_attention",
     "restore_attention",
     "run",
