@@ -315,7 +315,7 @@ def _final_batch(
         near = F.pad(runs[:, edge].flip(1) if reverse else runs[:, edge], (history, 0))[:, count:]
         same = (near == runs[:, last, None]) & keep[:, last, None]
         inputs = torch.where(same[..., None], inputs, 0)
-    return inputs.transpose(1, 2).clone(memory_format=torch.contiguous_format)
+    return inputs.transpose(1, 2).contiguous()
 
 
 def _final_packed(x: Tensor, initial: Tensor | None, cu_seqlens: Tensor, reverse: bool, history: int) -> Tensor:
