@@ -93,6 +93,15 @@ def test_generate_with_cache_equals_without(tiny_model, kind):
     assert torch.equal(cached, model.generate(batch, prefill_chunk_size=3, **run))
 
 
+def test_generate_from_embeddings(tiny_model, kind):
+    model, ids = tiny_model(kind), tokens(2, 7)
+    mask = torch.ones_like(ids)
+    mask[1, :3] = 0
+    run = {"attention_mask": mask, "max_new_tokens": 5, "do_sample": False}
+    embeds = model.get_input_embeddings()(ids)
+    assert torch.equal(model.generate(inputs_embeds=embeds, **run), model.generate(ids, **run)[:, 7:])
+
+
 def test_beams_reorder_every_kind_of_state(tiny_model, kind, monkeypatch):
     model, ids, moved = tiny_model(kind), tokens(2, 7), []
     reorder = DynamicCache.reorder_cache
