@@ -47,6 +47,8 @@ class GroupedMamba2Mixer(nn.Module):
         dtype: of the parameters; A_log_bias, dt_bias and D are at least float32 always.
 
     Example:
+        >>> import torch
+        >>> from mmkernels.layers import GroupedMamba2Mixer
         >>> mixer = GroupedMamba2Mixer(64, nheads=4, nkvheads=2, headdim=16)
         >>> out, conv_state, ssm_state = mixer(torch.randn(2, 10, 64), return_states=True)
         >>> mixer.step(torch.randn(2, 64), conv_state, ssm_state).shape

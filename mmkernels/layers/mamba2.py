@@ -46,6 +46,8 @@ class Mamba2Mixer(nn.Module):
         dtype: of the parameters; A_log, dt_bias and D are at least float32 always.
 
     Example:
+        >>> import torch
+        >>> from mmkernels.layers import Mamba2Mixer
         >>> mixer = Mamba2Mixer(64, headdim=16, d_state=16)
         >>> out, conv_state, ssm_state = mixer(torch.randn(2, 10, 64), return_states=True)
         >>> mixer.step(torch.randn(2, 64), conv_state, ssm_state).shape
@@ -241,6 +243,8 @@ class Mamba2Block(nn.Module):
         dtype: of the parameters.
 
     Example:
+        >>> import torch
+        >>> from mmkernels.layers import Mamba2Block, Mamba2Mixer
         >>> block = Mamba2Block(64, mixer=Mamba2Mixer(64, headdim=16, d_state=16))
         >>> hidden, residual = block(torch.randn(2, 10, 64))
         >>> hidden, residual = block(hidden, residual)

@@ -18,6 +18,8 @@ class GatedRMSNorm(nn.Module):
         dtype: of the weight.
 
     Example:
+        >>> import torch
+        >>> from mmkernels.layers import GatedRMSNorm
         >>> norm = GatedRMSNorm(64)
         >>> norm(torch.randn(2, 5, 64), torch.randn(2, 5, 64)).shape
         torch.Size([2, 5, 64])

@@ -97,8 +97,9 @@ def causal_conv1d(
     Cost: 2 * width flops and one read and one write per element of x.
 
     Example:
+        >>> import torch, mmkernels
         >>> x, weight = torch.randn(2, 16, 8), torch.randn(8, 4)
-        >>> causal_conv1d(x, weight, activation="silu").shape
+        >>> mmkernels.causal_conv1d(x, weight, activation="silu").shape
         torch.Size([2, 16, 8])
 
     Source: checked against torch.nn.functional.conv1d(groups=dim) and the formula in float64.
@@ -177,8 +178,9 @@ def causal_conv1d_update(
     Cost: 2 * width flops per element of x; reads and writes the addressed states once.
 
     Example:
+        >>> import torch, mmkernels
         >>> state, weight = torch.zeros(2, 8, 3), torch.randn(8, 4)
-        >>> causal_conv1d_update(torch.randn(2, 8), state, weight).shape
+        >>> mmkernels.causal_conv1d_update(torch.randn(2, 8), state, weight).shape
         torch.Size([2, 8])
 
     Source: checked against causal_conv1d on the concatenated inputs.

@@ -88,8 +88,9 @@ def gated_rms_norm(
     Cost: about 10 flops, and one read of x and z and one write per element.
 
     Example:
+        >>> import torch, mmkernels
         >>> x, z = torch.randn(2, 16, 8), torch.randn(2, 16, 8)
-        >>> gated_rms_norm(x, torch.ones(4), z=z, group_size=4).shape
+        >>> mmkernels.gated_rms_norm(x, torch.ones(4), z=z, group_size=4).shape
         torch.Size([2, 16, 8])
 
     Source: Zhang and Sennrich, arXiv 1910.07467, equation 4, per group; checked against the formula in float64.
