@@ -62,10 +62,14 @@ def _parser() -> argparse.ArgumentParser:
     distill.add_argument("--resume", action="store_true", help="continue from the last checkpoint in --out")
     distill.set_defaults(run=_distill)
 
-    convert = commands.add_parser("convert", help="convert an official HoVLE or mmMamba checkpoint")
-    convert.add_argument("source", type=Path, help="file or folder with the official weights")
-    convert.add_argument("destination", type=Path, help="folder to write (save_pretrained layout)")
-    convert.add_argument("--layout", default="auto", help="hovle, mmmamba, training, or auto")
+    convert = commands.add_parser("convert", help="convert HoVLE and mmMamba checkpoints, both ways, strictly")
+    convert.add_argument("source", type=Path, nargs="+", help="file or folder of weights; training files stage by stage")
+    convert.add_argument("destination", type=Path, help="folder (or .pt file) to write")
+    convert.add_argument("--layout", default="auto", help="of the source: hovle, mmmamba, training, mmkernels or auto")
+    convert.add_argument("--to", default="mmkernels", help="mmkernels, official or training")
+    convert.add_argument("--base", type=Path, help="the teacher that training files belong to")
+    convert.add_argument("--stage", type=int, default=3, help="with --to training: whose tensors are written")
+    convert.add_argument("--overwrite", action="store_true", help="replace an existing destination")
     convert.set_defaults(run=_convert)
     return parser
 
@@ -128,7 +132,15 @@ def _distill(arguments: argparse.Namespace) -> int:
 def _convert(arguments: argparse.Namespace) -> int:
     from mmkernels.models.mmmamba.convert_mmmamba import convert_checkpoint
 
-    convert_checkpoint(arguments.source, arguments.destination, layout=arguments.layout)
+    convert_checkpoint(
+        arguments.source,
+        arguments.destination,
+        layout=arguments.layout,
+        to=arguments.to,
+        base=arguments.base,
+        stage=arguments.stage,
+        overwrite=arguments.overwrite,
+    )
     print(f"wrote {arguments.destination}")
     return 0
 
