@@ -19,16 +19,20 @@ struct Buffer {
 
 void* thread_scratch(size_t bytes) {
   static thread_local Buffer buffer;
+#ifdef MMK_POISON_SCRATCH
+  buffer.bytes = 0;  // anew and exact each time, so that AddressSanitizer knows where it ends
+  const size_t wanted = bytes;
+#else
+  const size_t wanted = (bytes + 4095) / 4096 * 4096;
+#endif
   if (buffer.bytes < bytes) {
-    const size_t rounded = (bytes + 4095) / 4096 * 4096;
     std::free(buffer.memory);
-    buffer.bytes = 0;
-    buffer.memory = std::aligned_alloc(64, rounded);
-    if (buffer.memory == nullptr) throw std::bad_alloc();
-    buffer.bytes = rounded;
+    buffer = Buffer();
+    if (posix_memalign(&buffer.memory, 64, wanted) != 0) throw std::bad_alloc();
+    buffer.bytes = wanted;
   }
 #ifdef MMK_POISON_SCRATCH
-  if (buffer.memory != nullptr) std::memset(buffer.memory, 0xff, buffer.bytes);  // a NaN in every float format
+  if (bytes > 0) std::memset(buffer.memory, 0xff, bytes);  // a NaN in every float format
 #endif
   return buffer.memory;
 }

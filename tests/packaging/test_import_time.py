@@ -19,7 +19,7 @@ print(sorted(name for name in set(sys.modules) - before if name in heavy))
 
 
 def test_import_is_fast_and_light():
-    # Processor time, so that a busy machine does not count; the better of two, because the first may compile .pyc files.
+    # Processor time, so that a busy machine does not count; the better of two, as the first may write .pyc files.
     seconds = []
     for _ in range(2):
         done = subprocess.run([sys.executable, "-c", SCRIPT], cwd=ROOT, capture_output=True, text=True, check=False)
