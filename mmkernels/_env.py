@@ -3,6 +3,7 @@
 MMKERNELS_BACKEND   force one backend for every op (read once, at import); unset or "auto" = automatic order
 MMKERNELS_BUILD     "off" forbids compiling native code, at install and at first use
 MMKERNELS_CACHE     folder for native code compiled at first use (default: the user's cache folder)
+CXX                 the C++ compiler to use (default: the first of c++, g++, clang++ on PATH)
 """
 
 import os
