@@ -7,6 +7,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include "common/pages.h"
 #include "common/rows.h"
 
 namespace mmkernels {
@@ -30,7 +31,11 @@ inline ScalarType arithmetic_of(Storage storage) {
   return storage == Storage::f64 ? ScalarType::Double : ScalarType::Float;
 }
 
-inline Tensor empty(std::vector<int64_t> sizes, ScalarType dtype) { return torch::stable::empty(sizes, dtype); }
+inline Tensor empty(std::vector<int64_t> sizes, ScalarType dtype) {
+  Tensor made = torch::stable::empty(sizes, dtype);
+  prefer_large_pages(made.mutable_data_ptr(), made.numel() * made.element_size());
+  return made;
+}
 
 inline std::vector<int64_t> sizes_of(const Tensor& tensor) {
   const auto sizes = tensor.sizes();

@@ -1,6 +1,9 @@
 """The C++ gated RMS norm: every ISA level, dtype and thread count; gradients of gradients; opcheck; compile."""
 
 import itertools
+import re
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -78,6 +81,17 @@ def test_error_bar(isa, dtype, gate, last):
             assert_within(f"{name}, group {group_size}", value, truth[name], peer[name], dtype=dtype, terms=terms)
 
 
+@pytest.mark.parametrize("rows", [33, 100, 5000])
+def test_parameter_gradients_are_summed_over_all_rows(isa, rows):
+    # Rows are summed in blocks of 32 or more, at most 64 of them: two blocks, an uneven last one, blocks of 79 rows.
+    args = inputs(F32, (rows, 6), group_size=3, shared=rows == 100)
+    truth, peer, got = run(args, "reference", F64), run(args, "torch"), run(args, "native")
+    for name in ("weight", "bias"):
+        # Random signs: a sum of n terms of size one has magnitude sqrt(n), and each of the block's and the blocks' sums
+        # (at most 79 + 64 additions) may round once; errors of random sign add up to the root of their number.
+        assert_within(name, got[name], truth[name], peer[name], terms=12)
+
+
 def test_groups_of_one_channel(isa):
     args = inputs(torch.float32, (4, 9), group_size=1)
     truth, peer = run(args, "reference", torch.float64), run(args, "torch")
@@ -140,6 +154,19 @@ def test_mixed_dtypes():
     for name, value in got.items():
         assert value.dtype == peer[name].dtype == (torch.bfloat16 if name in ("x", "y") else torch.float32)
         assert_within(name, value, truth[name], peer[name])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="large pages are asked for on Linux")
+def test_large_outputs_ask_for_large_pages():
+    y = mmkernels.gated_rms_norm(torch.ones(2**11, 2**12), torch.ones(2**12), backend="native")
+    address = y.data_ptr() + y.nbytes // 2
+    mappings = re.split(r"(?m)^(?=[0-9a-f]+-[0-9a-f]+ )", Path("/proc/self/smaps").read_text())
+    for mapping in mappings[1:]:
+        begin, end = (int(bound, 16) for bound in mapping.split(" ", 1)[0].split("-"))
+        if begin <= address < end:
+            assert " hg" in re.search(r"VmFlags:(.*)", mapping).group(1)
+            return
+    raise AssertionError("the output's memory is not among the mappings")
 
 
 def test_no_rows():
