@@ -308,8 +308,8 @@ class CanvasTask:
     def source(self, split: str = "train", *, start: int = 0) -> Callable[[int, int], dict[str, Tensor]]:
         """A function from (batch number, batch size) to a batch that models and `mmkernels.distill` take as it is.
 
-        To `batch` it adds pixel_values (the images as they are, in [0, 1]) and answer_mask: True where the model says
-        something about the canvas, at the image tokens and at the last position.
+        To `batch` it adds pixel_values (the images as they are, in [0, 1]) and answer_mask: True at the last position,
+        where the answer is read.
 
         Args:
             split: "train" or "test".
@@ -318,9 +318,9 @@ class CanvasTask:
 
         def fetch(index: int, size: int) -> dict[str, Tensor]:
             batch = self.batch(start + index, size, split=split)
-            says = batch["input_ids"] == self.image_id
-            says[:, -1] = True
-            return {**batch, "pixel_values": batch["images"], "answer_mask": says}
+            answer = torch.zeros(batch["input_ids"].shape, dtype=torch.bool)
+            answer[:, -1] = True
+            return {**batch, "pixel_values": batch["images"], "answer_mask": answer}
 
         return fetch
 
