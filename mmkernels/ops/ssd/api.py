@@ -11,9 +11,23 @@ import torch
 
 from mmkernels import _checks
 from mmkernels._dispatch import Backend, Op
+from mmkernels._gradients import untracked_transform
 from mmkernels.errors import DtypeError, ShapeError
 
-_INF = math.inf
+# The integer 0 on purpose: torch.compile(dynamic=True) makes float defaults symbolic and then traces everything twice.
+_NO_LIMIT = (0, math.inf)
+
+
+def _load_native_scan() -> Callable[..., Any]:
+    from mmkernels.ops.ssd import _native
+
+    return _native.ssd_scan
+
+
+def _probe_native() -> str | None:
+    from mmkernels import _native
+
+    return _native.probe()
 
 
 def _load_torch_scan() -> Callable[..., Any]:
@@ -44,7 +58,11 @@ SSD_SCAN = Op(
     "ssd_scan",
     key="x",
     public="mmkernels.ops.ssd.api.ssd_scan",
-    backends=[Backend("torch", _load_torch_scan), Backend("reference", _load_reference_scan)],
+    backends=[
+        Backend("native", _load_native_scan, devices=("cpu",), probe=_probe_native, declines=untracked_transform),
+        Backend("torch", _load_torch_scan),
+        Backend("reference", _load_reference_scan),
+    ],
 )
 
 SSD_UPDATE = Op(
@@ -66,7 +84,7 @@ def ssd_scan(
     z: torch.Tensor | None = None,
     dt_bias: torch.Tensor | None = None,
     dt_softplus: bool = False,
-    dt_limit: tuple[float, float] = (0.0, _INF),
+    dt_limit: tuple[float, float] = _NO_LIMIT,
     initial_states: torch.Tensor | None = None,
     seq_idx: torch.Tensor | None = None,
     cu_seqlens: torch.Tensor | None = None,
@@ -208,7 +226,7 @@ def ssd_update(
     z: torch.Tensor | None = None,
     dt_bias: torch.Tensor | None = None,
     dt_softplus: bool = False,
-    dt_limit: tuple[float, float] = (0.0, _INF),
+    dt_limit: tuple[float, float] = _NO_LIMIT,
     state_indices: torch.Tensor | None = None,
     backend: str | None = None,
 ) -> torch.Tensor:
