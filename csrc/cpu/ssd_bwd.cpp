@@ -27,13 +27,14 @@ struct Backward {
   const int64_t width, most_heads, state_size;
   Keys<A> keys;
   Decays<A> decays;
-  A *x, *weighted_x;           // x and e^{s_T - s_j} dt_j x_j
+  A *x, *stepped_x, *weighted_x;  // x, dt_j x_j, e^{s_T - s_j} dt_j x_j
   A *dy, *grown_dy, *dy_turned;  // dY, e^{s_i} dY_i, and dY as [headdim][tokens]
-  A *products, *weights;       // x_j . dY_i; (B_j . C_i) e_ij
+  A *products, *weights;       // dt_j x_j . dY_i; (B_j . C_i) e_ij
   A* pair_sums;                // W summed over heads
   A *crossing, *lost;          // running sums over j of W_ij (B_j . C_i), and what rounding took from them
   A *du, *from_state;          // du; e^{s_i} R^T dY_i
   A *x_du, *q, *r, *w;         // sums of each token
+  A* by_row;                   // and of each row of a state
   A *grad_B, *grad_C;
   A *gradients, *turned;       // dR' of each head, as [headdim][dstate] and as [dstate][headdim]
   A* states;                   // of each chunk and head, as [headdim][dstate]
@@ -45,7 +46,7 @@ struct Backward {
       : a(call), width(padded<A>(a.headdim)), most_heads((a.heads / a.groups + a.head_blocks - 1) / a.head_blocks),
         state_size(a.headdim * padded<A>(a.dstate)), keys(arena, a), decays(arena, keys.pair_row) {
     const int64_t tokens = a.chunk_tokens, pairs = keys.pair_row;
-    A** const by_channel[] = {&x, &weighted_x, &dy, &grown_dy, &du};
+    A** const by_channel[] = {&x, &stepped_x, &weighted_x, &dy, &grown_dy, &du};
     for (A** rows : by_channel) *rows = arena.take<A>(tokens * width);
     A** const by_token[] = {&products, &weights, &pair_sums};
     for (A** rows : by_token) *rows = arena.take<A>(tokens * pairs);
@@ -53,6 +54,7 @@ struct Backward {
     for (A** rows : by_state) *rows = arena.take<A>(tokens * keys.row);
     A** const one_each[] = {&x_du, &q, &r, &w, &crossing, &lost};
     for (A** values : one_each) *values = arena.take<A>(pairs);
+    by_row = arena.take<A>(width);
     dy_turned = arena.take<A>(a.headdim * pairs);
     gradients = arena.take<A>(most_heads * state_size);
     turned = arena.take<A>(most_heads * a.dstate * width);
@@ -105,7 +107,7 @@ struct Backward {
       keys.template load_B<T>(a, chunk, row.batch, unit.group);
       for (int64_t h = 0; h < unit.heads; ++h) {
         decays.compute(a, chunk, row.batch, unit.first_head + h);
-        load_x(chunk, row.batch, unit.first_head + h);
+        load_weighted_x(chunk, row.batch, unit.first_head + h);
         Product<A> update{a.headdim, a.dstate, chunk.length, weighted_x, 1, width, keys.B, keys.row,
                           state(c + 1 - row.begin, h), keys.row};
         if (chunk.entry != SsdEntry::zero) update.start = state(c - row.begin, h), update.scale = &decays.all;
@@ -114,14 +116,25 @@ struct Backward {
     }
   }
 
+  void load_weighted_x(const SsdChunk& chunk, int64_t batch, int64_t head) {
+    const T* from = head_of<T>(a.x, batch, chunk.token, head);
+    for (int64_t t = 0; t < chunk.length; ++t, from += a.x.token * a.direction) {
+      const V dt(decays.dt[t]), left(decays.left[t]);
+      for_lanes<V>(a.headdim, [&](int64_t i, auto lanes) {
+        (V::load(from + i, lanes) * dt * left).store(weighted_x + t * width + i);
+      });
+    }
+  }
+
   void load_x(const SsdChunk& chunk, int64_t batch, int64_t head) {
     const T* from = head_of<T>(a.x, batch, chunk.token, head);
     for (int64_t t = 0; t < chunk.length; ++t, from += a.x.token * a.direction) {
-      const V weight(decays.left[t] * decays.dt[t]);
+      const V dt(decays.dt[t]), left(decays.left[t]);
       for_lanes<V>(a.headdim, [&](int64_t i, auto lanes) {
-        const V value = V::load(from + i, lanes);
+        const V value = V::load(from + i, lanes), stepped = value * dt;
         value.store(x + t * width + i);
-        (value * weight).store(weighted_x + t * width + i);
+        stepped.store(stepped_x + t * width + i);
+        (stepped * left).store(weighted_x + t * width + i);
       });
     }
   }
@@ -155,8 +168,8 @@ struct Backward {
     sum_rows<A>(tokens, x_du, [&](int64_t t) { return row_product(x + t * width, du + t * width, a.headdim); });
     store_grad_x(chunk, batch, head, h);
     key_gradients(tokens, h, number, enters, leaves);
-    const A crossing_all = enters && leaves ? decays.all * sum_product(state(number, h), gradient(h)) : A(0);
-    step_gradient(chunk, batch, head, h, enters, leaves, crossing_all);
+    const double across = enters && leaves ? sum_product(state(number, h), gradient(h)) * static_cast<double>(decays.all) : 0.0;
+    step_gradient(chunk, batch, head, h, enters, leaves, across);
     if (enters) pass_gradient(unit, chunk, h, leaves);
     empty[h] = !enters;
   }
@@ -188,7 +201,7 @@ struct Backward {
   // All that is made of pairs of tokens: weights, pair_sums, and w_k = sum_{j < k <= i} W_ij (B_j . C_i).
   void multiply_pairs(int64_t tokens, bool first) {
     const int64_t pairs = keys.pair_row, whole = padded<A>(tokens);
-    Product<A> p{tokens, tokens, a.headdim, x, width, 1, dy_turned, pairs, products, pairs};
+    Product<A> p{tokens, tokens, a.headdim, stepped_x, width, 1, dy_turned, pairs, products, pairs};
     p.upper = true;
     multiply(p);
     clear(crossing, whole), clear(lost, whole);
@@ -210,16 +223,15 @@ struct Backward {
       V().store(weights + at + i);
       if (first) V().store(pair_sums + at + i);
     }
-    const V dt(decays.dt[j]);
     V sum;
     for (int64_t i = diagonal; i < tokens; i += V::size) {
       V decay = decays.between(j, i);
       if (i == diagonal) decay = from_lane(j, i, decay);
-      const V score = V::load(keys.scores + at + i), product = V::load(products + at + i) * decay * dt;
+      const V score = V::load(keys.scores + at + i), product = V::load(products + at + i) * decay;
       (score * decay).store(weights + at + i);
       (first ? product : product + V::load(pair_sums + at + i)).store(pair_sums + at + i);
       // Kahan's sum: a rounding error here would stay in w of all later tokens, and add up in the gradient of A.
-      const V before = V::load(crossing + i), term = product * score - V::load(lost + i), running = before + term;
+      const V before = V::load(crossing + i), term = fma(product, score, -V::load(lost + i)), running = before + term;
       running.store(crossing + i);
       ((running - before) - term).store(lost + i);
       if (i > next) sum += running;
@@ -288,19 +300,17 @@ struct Backward {
     }
   }
 
-  A sum_product(const A* left, const A* right) const {
-    V sums[4];
-    int64_t i = 0;
-    for (; i + 4 * V::size <= state_size; i += 4 * V::size) {
-#pragma GCC unroll 4
-      for (int u = 0; u < 4; ++u) sums[u] = fma(V::load(left + i + u * V::size), V::load(right + i + u * V::size), sums[u]);
-    }
-    for (; i < state_size; i += V::size) sums[0] = fma(V::load(left + i), V::load(right + i), sums[0]);
-    return sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
+  // <R, dR'>.  Rows apart, then in double: it counts for every token of the chunk, and so would its error.
+  double sum_product(const A* left, const A* right) {
+    const auto product = [&](int64_t i) { return row_product(left + i * keys.row, right + i * keys.row, a.dstate); };
+    sum_rows<A>(a.headdim, by_row, product);
+    double sum = 0;
+    for (int64_t i = 0; i < a.headdim; ++i) sum += static_cast<double>(by_row[i]);
+    return sum;
   }
 
   // da, and with it the gradients of dt, A and dt_bias.
-  void step_gradient(const SsdChunk& chunk, int64_t batch, int64_t head, int64_t h, bool enters, bool leaves, A across) {
+  void step_gradient(const SsdChunk& chunk, int64_t batch, int64_t head, int64_t h, bool enters, bool leaves, double across) {
     const double rate = static_cast<double>(static_cast<const A*>(a.A)[head]);
     double after = across;
     for (int64_t k = chunk.length - 1; k >= 0; --k) {

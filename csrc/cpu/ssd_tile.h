@@ -48,16 +48,6 @@ template <class A, int R, int J, bool depth_dense>
 void product_tile(const Product<A>& p, int64_t row, int64_t column, int64_t from, int64_t to) {
   using V = Vec<A>;
   V sums[R][J];
-  A* c = p.c + row * p.c_row + column;
-  if (p.start != nullptr) {
-    const A* start = p.start + row * p.c_row + column;
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) {
-      const V scale(p.scale == nullptr ? A(1) : p.scale[(row + r) * p.scale_row]);
-#pragma GCC unroll 8
-      for (int j = 0; j < J; ++j) sums[r][j] = scale * V::load(start + r * p.c_row + j * V::size);
-    }
-  }
   const int64_t a_row = depth_dense ? p.a_row : 1, a_depth = depth_dense ? 1 : p.a_depth, b_row = p.b_row;
   const A* a = p.a + row * a_row + from * a_depth;
   const A* b = p.b + from * b_row + column;
@@ -72,10 +62,24 @@ void product_tile(const Product<A>& p, int64_t row, int64_t column, int64_t from
       for (int j = 0; j < J; ++j) sums[r][j] = fma(left, right[j], sums[r][j]);
     }
   }
+  A* c = p.c + row * p.c_row + column;
+  if (p.start == nullptr) {
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 8
+      for (int j = 0; j < J; ++j) sums[r][j].store(c + r * p.c_row + j * V::size);
+    }
+    return;
+  }
+  // Added last: a state that remembers thousands of tokens is rounded once a chunk, not once a token.
+  const A* start = p.start + row * p.c_row + column;
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
+    const V scale(p.scale == nullptr ? A(1) : p.scale[(row + r) * p.scale_row]);
 #pragma GCC unroll 8
-    for (int j = 0; j < J; ++j) sums[r][j].store(c + r * p.c_row + j * V::size);
+    for (int j = 0; j < J; ++j) {
+      fma(scale, V::load(start + r * p.c_row + j * V::size), sums[r][j]).store(c + r * p.c_row + j * V::size);
+    }
   }
 }
 

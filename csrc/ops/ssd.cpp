@@ -147,12 +147,12 @@ struct Inputs {
     return blocks;
   }
 
-  // In backward dB and dC are summed over a task's heads first, so here only the problem's sizes decide: 4 heads keep
-  // the sums of all tasks together as small as x where headdim >= dstate / 2.
+  // In backward dB and dC are summed over a task's heads first, so here only the problem's sizes decide.  8 heads a task
+  // keep the sums of all tasks smaller than x; an even number of tasks, four at least, keeps 2 and 4 threads busy.
   int64_t backward_blocks() const {
-    const int64_t per_group = heads / groups;
-    int64_t blocks = (per_group + 3) / 4;
-    while (blocks < per_group && rows() * groups * blocks < 8) ++blocks;
+    const int64_t per_group = heads / groups, others = rows() * groups;
+    int64_t blocks = (per_group + 7) / 8;
+    while (blocks < per_group && (others * blocks < 4 || others * blocks % 2 != 0)) ++blocks;
     return blocks;
   }
 };
