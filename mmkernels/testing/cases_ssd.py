@@ -9,6 +9,7 @@ from mmkernels.testing.cases import Case, register_cases
 
 Args = dict[str, Any]
 Build = Callable[[torch.Generator], Args]
+TOKENWISE = ("x", "dt", "B", "C", "z")  # the arguments of ssd_scan with a token axis (axis 1)
 
 
 def ssd_inputs(
@@ -57,6 +58,23 @@ def ssd_inputs(
     if states is not None:
         made["initial_states"] = normal(states, nheads, headdim, dstate)
     return {**made, **rest}
+
+
+def tokens(args: Args, part: Any) -> Args:
+    """The call restricted to some tokens, or with its tokens in another order; `part` indexes the token axis."""
+    return {**args, **{name: args[name][:, part] for name in TOKENWISE if args.get(name) is not None}}
+
+
+def cast(args: Args, dtype: torch.dtype) -> Args:
+    """The same call with every floating tensor in another dtype."""
+    return {k: v.to(dtype) if isinstance(v, torch.Tensor) and v.is_floating_point() else v for k, v in args.items()}
+
+
+def leaves(args: Args) -> tuple[Args, dict[str, torch.Tensor]]:
+    """The same call on fresh leaves that require grad, and those leaves by name."""
+    floating = {k: v for k, v in args.items() if isinstance(v, torch.Tensor) and v.is_floating_point()}
+    fresh = {name: value.detach().clone().requires_grad_() for name, value in floating.items()}
+    return {**args, **fresh}, fresh
 
 
 def _scan(*sizes: int, **options: Any) -> Build:

@@ -7,7 +7,7 @@ Letters here: b batch, c chunks, q tokens of a chunk, g groups, r heads of a gro
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -87,7 +87,7 @@ def ssd_scan(
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """`mmkernels.ssd_scan` on validated arguments."""
     length, heads = x.shape[1:3]
-    pin_sizes(*x.shape[2:], *B.shape[2:])
+    pin_sizes(chunk_size or 0, *x.shape[2:], *B.shape[2:])
     work = torch.float64 if x.dtype == torch.float64 else torch.float32
     state = None if initial_states is None else initial_states.to(work)
     if state is None and (return_final_states or length == 0):
@@ -96,7 +96,11 @@ def ssd_scan(
     if length == 0:
         nothing = skip_and_gate(torch.zeros_like(x, dtype=work), x, D, z).to(x.dtype)
         return _results(nothing, state, return_final_states)
+    if seq_idx is not None:
+        x, dt, B, C, z = silence(seq_idx < 0, x, dt, B, C, z)
     step = step_size(dt, dt_bias, dt_softplus, dt_limit, work)
+    if seq_idx is not None:
+        (step,) = silence(seq_idx < 0, step)
     tokens = Tokens(x, step, log_decay(step, A), B, C, z)
     q = chunk_size or default_chunk(x.device)
     if cu_seqlens is not None and state is not None:
@@ -107,7 +111,7 @@ def ssd_scan(
         if cu_seqlens is not None:
             tokens = tokens.separate(sequence_of(cu_seqlens, length)[None], reverse)
         elif seq_idx is not None:
-            tokens = tokens.separate(seq_idx, reverse).silence(seq_idx < 0)
+            tokens = tokens.separate(seq_idx, reverse)
         y, state = scan(tokens, D, state, q, reverse)
     return _results(y, state, return_final_states)
 
@@ -119,6 +123,13 @@ def _results(
         return y
     assert state is not None  # ssd_scan starts from zeros when the last state is asked for
     return y, state
+
+
+def silence(padding: torch.Tensor, *tensors: torch.Tensor | None) -> list[Any]:
+    """Zero the padding tokens, so that whatever is stored there, even NaN, reaches no output and no gradient."""
+    return [
+        None if t is None else t.masked_fill(padding.view(*padding.shape, *[1] * (t.dim() - 2)), 0.0) for t in tensors
+    ]
 
 
 def pin_sizes(*sizes: int) -> None:
@@ -170,11 +181,6 @@ class Tokens(NamedTuple):
         else:
             changed = seq_idx != F.pad(seq_idx[:, :-1], (1, 0))
         return self._replace(fall=torch.where(changed[..., None], -RESET, self.fall))
-
-    def silence(self, padding: torch.Tensor) -> "Tokens":
-        """Zero the padding tokens, so that neither they nor what is stored there reaches an output or a gradient."""
-        quiet = self.map(lambda t: t.masked_fill(padding.view(*padding.shape, *[1] * (t.dim() - 2)), 0.0))
-        return quiet._replace(fall=self.fall)
 
 
 class Layout:

@@ -38,10 +38,10 @@ def ssd_update(
     rows = torch.where(real, torch.arange(x.shape[0], device=x.device), real.to(torch.int32).argmax())
     slots = state_indices[rows].clamp(min=0).to(torch.int64)
     # A padding row repeats a real one, so that whatever it writes is what that slot gets anyway; with no real row at
-    # all, a step size of 0 leaves slot 0 as it was.  No data-dependent shape, no synchronisation.
-    step = step[rows].masked_fill(~real.any(), 0.0)
+    # all, a step size and inputs of 0 leave slot 0 as it was.  No data-dependent shape, no synchronisation.
+    x, step, B = (t[rows].masked_fill(~real.any(), 0.0) for t in (x, step, B))
     old = state.index_select(0, slots).to(work)
-    y, new = _advance(old, x[rows], step, A, B[rows], C[rows], D, None if z is None else z[rows])
+    y, new = _advance(old, x, step, A, B, C[rows], D, None if z is None else z[rows])
     if torch.is_grad_enabled():
         new = torch.where(real[:, None, None, None], new, new.detach())
     state.index_copy_(0, slots, new.to(state.dtype))
