@@ -1,4 +1,4 @@
-"""What pyproject.toml cannot say: models/ is installed as mmkernels.models, and native code is compiled if that is possible.
+"""What pyproject.toml cannot say: models/ is installed as mmkernels.models, and native code is compiled if possible.
 
 Installing never fails for want of torch, a compiler or a GPU: what is missing is written to mmkernels/_build_info.json,
 and the sources travel in mmkernels/_csrc so that the first use of a native op can compile them.

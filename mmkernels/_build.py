@@ -185,13 +185,14 @@ def machine() -> str:
     return _MACHINES.get(name, name)
 
 
-def compile_library(plan: Plan, workspace: Path, jobs: int | None = None) -> dict[str, Any]:
-    """Compile and link into `workspace`/LIBRARY.
+def compile_library(plan: Plan, workspace: Path, kept_objects: Path | None = None) -> dict[str, Any]:
+    """Compile and link into `workspace`/LIBRARY, with as many compilers at once as this process may use processors.
 
     Args:
         plan: from make_plan.
-        workspace: an empty folder; objects stay in it.
-        jobs: compilers at once; default: the processors this process may use.
+        workspace: an empty folder.
+        kept_objects: a folder, on the same file system, of object files by the hash of what made them.  Objects found
+            there are not compiled again and new ones are added, so that an edit costs one unit; None: keep nothing.
 
     Returns:
         The report that `mmkernels info` shows.
@@ -200,16 +201,27 @@ def compile_library(plan: Plan, workspace: Path, jobs: int | None = None) -> dic
         BuildError: the compiler refused; `output` of the error ends with its message.
     """
     started = time.perf_counter()
-    if jobs is None:
-        jobs = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    jobs = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     pool = ThreadPoolExecutor(max_workers=max(1, min(jobs, len(plan.steps))))
+    headers = _digest(*(path.read_bytes() for path in sorted((plan.root / "csrc").rglob("*.h"))))
+
+    def compile_step(step: Step) -> Path:
+        if kept_objects is None:
+            return _compile(plan, step, workspace)
+        source = (plan.root / step.source).read_bytes()
+        facts = " ".join([*plan.compiler, plan.compiler_version, headers, *step.flags])
+        kept = kept_objects / f"{_digest(facts.encode(), source)}.o"
+        if kept.exists():
+            os.utime(kept)  # in use: not to be swept out
+        else:
+            os.replace(_compile(plan, step, workspace), kept)
+        return kept
+
     try:
-        for done in [pool.submit(_compile, plan, step, workspace) for step in plan.steps]:
-            done.result()
+        objects = [done.result() for done in [pool.submit(compile_step, step) for step in plan.steps]]
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
-    objects = [str(workspace / step.object_name) for step in plan.steps]
-    _run([*plan.compiler, *objects, "-o", str(workspace / LIBRARY), *plan.link], "linking")
+    _run([*plan.compiler, *map(str, objects), "-o", str(workspace / LIBRARY), *plan.link], "linking")
     return {
         "compiler": " ".join(plan.compiler),
         "compiler_version": plan.compiler_version.partition("\n")[0],
@@ -219,10 +231,11 @@ def compile_library(plan: Plan, workspace: Path, jobs: int | None = None) -> dic
     }
 
 
-def _compile(plan: Plan, step: Step, workspace: Path) -> None:
-    source, target = str(plan.root / step.source), str(workspace / step.object_name)
+def _compile(plan: Plan, step: Step, workspace: Path) -> Path:
+    target = workspace / step.object_name
     what = f"compiling {step.source}" + (f" for {step.level}" if step.level else "")
-    _run([*plan.compiler, *step.flags, "-c", source, "-o", target], what)
+    _run([*plan.compiler, *step.flags, "-c", str(plan.root / step.source), "-o", str(target)], what)
+    return target
 
 
 def _run(command: list[str], what: str) -> None:

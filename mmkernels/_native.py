@@ -29,6 +29,7 @@ from mmkernels._dispatch import BackendUnavailable
 _PACKAGE = Path(__file__).resolve().parent
 _LOCK_TIMEOUT = 1800  # seconds to wait for another process that compiles
 _FAILURE_LIFETIME = 3600  # seconds for which a failed compilation is not tried again
+_UNUSED_LIFETIME = 30 * 86400  # seconds after which unused files leave the cache
 _log = logging.getLogger("mmkernels")
 _guard = threading.Lock()
 
@@ -161,6 +162,8 @@ def _load_cached(library: Path) -> bool:
         _state.remarks.append(f"{library} did not load and was removed ({error})")
         library.unlink(missing_ok=True)
         return False
+    with contextlib.suppress(OSError):
+        os.utime(library)  # in use: not to be swept out
     with contextlib.suppress(FileNotFoundError):
         _state.report = json.loads(library.with_suffix(".json").read_text(encoding="utf-8"))
     _state.library, _state.origin = library, "compiled at first use"
@@ -181,7 +184,7 @@ def _compile_once(plan: _build.Plan, folder: Path) -> Path:
         workspace = Path(tempfile.mkdtemp(prefix=f"{name}.tmp.", dir=folder))
         try:
             _log.warning("compiling the native kernels, once for this machine (some 10 s of one core), into %s", folder)
-            report = _build.compile_library(plan, workspace)
+            report = _build.compile_library(plan, workspace, _kept_objects(plan, folder))
             (workspace / "report").write_text(json.dumps(report), encoding="utf-8")
             os.replace(workspace / "report", library.with_suffix(".json"))
             os.replace(workspace / _build.LIBRARY, library)
@@ -194,7 +197,25 @@ def _compile_once(plan: _build.Plan, folder: Path) -> Path:
             raise BuildError(f"the library could not be written to {folder} ({error.strerror})") from error
         finally:
             shutil.rmtree(workspace, ignore_errors=True)
+    _sweep(folder)
     return library
+
+
+def _kept_objects(plan: _build.Plan, folder: Path) -> Path | None:
+    """Where a checkout keeps object files between builds, because its sources change; an installed package's do not."""
+    if plan.root == _PACKAGE / "_csrc":
+        return None
+    objects = folder / "objects"
+    objects.mkdir(exist_ok=True)
+    return objects
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what nobody has used for a month: libraries of other versions, leftovers of killed builds."""
+    for path in (*folder.iterdir(), *(folder / "objects").glob("*.o")):
+        with contextlib.suppress(OSError):  # another process sweeps too
+            if path.name != "objects" and time.time() - path.stat().st_mtime > _UNUSED_LIFETIME:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def _check_failure(folder: Path, plan: _build.Plan) -> None:

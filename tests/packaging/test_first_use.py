@@ -161,6 +161,27 @@ def test_keys_change_with_what_matters(tiny):
 
 
 @needs_compiler
+def test_an_edit_compiles_one_unit_and_old_files_are_swept_out(tiny):
+    first = _native._compile_once(tiny.plan(), _native._cache_folder())
+    leftover = tiny.cache / "0123-4567.tmp.dead"
+    leftover.mkdir()
+    for path in (first, leftover):
+        os.utime(path, (time.time() - 40 * 86400,) * 2)
+    (tiny.root / "csrc" / "once.cpp").write_text('extern "C" int answer() { return ANSWER + 1; }\n')
+    calls = tiny.calls()
+    second = _native._compile_once(tiny.plan(), _native._cache_folder())
+    assert tiny.calls() == calls + 2  # the edited unit and the link
+    assert ctypes.CDLL(str(second)).answer() == 43
+    assert not first.exists()
+    assert not leftover.exists()
+    # A header may be included anywhere: every unit is compiled again.
+    (tiny.root / "csrc" / "new.h").write_text("")
+    calls = tiny.calls()
+    _native._compile_once(tiny.plan(), _native._cache_folder())
+    assert tiny.calls() == calls + 3
+
+
+@needs_compiler
 def test_a_refusal_is_remembered_with_the_compilers_words(tiny, fresh):
     (tiny.root / "csrc" / "once.cpp").write_text("int broken( { }\n")
     assert fresh.probe() is None
@@ -188,7 +209,7 @@ def test_a_damaged_library_is_replaced(tiny, fresh):
     calls = tiny.calls()
     library.write_bytes(b"not a library")
     fresh.require()
-    assert tiny.calls() == 2 * calls
+    assert tiny.calls() == calls + 1  # linked anew from the objects
     assert any("did not load" in remark for remark in fresh._state.remarks)
 
 
