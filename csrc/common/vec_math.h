@@ -47,8 +47,11 @@ MMK_INLINE Vec<float> exp(Vec<float> x) {
 // log(1 + t) for 0 <= t <= 1, as 2 atanh(s) with s = t / (2 + t) <= 1/3: s times a fit of degree 5 in s^2.
 MMK_INLINE Vec<float> log1p_unit(Vec<float> t) {
   using V = Vec<float>;
-  const V sum = t + V(2.0f), reciprocal = V(1.0f) / sum;
-  const V s = t * reciprocal;
+#if defined(__FMA__) || defined(__aarch64__)
+  const V sum = t + V(2.0f), reciprocal = V(1.0f) / sum, s = t * reciprocal;
+#else
+  const V s = t / (t + V(2.0f));
+#endif
   const V w = s * s;
   V p = fma(V(0x1.dba260p-4f), w, V(0x1.bc8cf8p-4f));
   p = fma(p, w, V(0x1.24c926p-3f));

@@ -1,4 +1,4 @@
-"""The C++ state-space scan: every ISA level, dtype, length and thread count; strides; gradients of gradients; opcheck."""
+"""The C++ state-space scan: ISA levels, dtypes, lengths, threads, strides; gradients of gradients; opcheck."""
 
 import itertools
 import math
@@ -127,8 +127,9 @@ def test_tensors_are_read_through_their_strides(isa):
     }
     for layout, change in layouts.items():
         args = {k: change(v) if _floating(v) else v for k, v in dense.items()}
-        got = mmkernels.ssd_scan(**args, backend="native")
-        assert torch.equal(got[0], want["y"]) and torch.equal(got[1], want["final"]), layout
+        y, final = mmkernels.ssd_scan(**args, backend="native")
+        assert torch.equal(y, want["y"]), layout
+        assert torch.equal(final, want["final"]), layout
     expanded = {**dense, "x": dense["x"][:, :1].expand(-1, 40, -1, -1), "z": dense["z"][:1].expand(2, -1, -1, -1)}
     copied = {k: v.contiguous() if _floating(v) else v for k, v in expanded.items()}
     assert torch.equal(*(mmkernels.ssd_scan(**a, backend="native")[0] for a in (expanded, copied)))
@@ -216,7 +217,10 @@ def positional(args):
     return (*(args.get(n) for n in names), args.get("dt_softplus", False), 0.0, math.inf, 0, args.get("reverse", False))
 
 
-@pytest.mark.parametrize("full", [True, False], ids=["everything", "plain"])
+# Every argument at once takes the tracer a quarter of a minute.
+@pytest.mark.parametrize(
+    "full", [pytest.param(True, id="everything", marks=pytest.mark.slow), pytest.param(False, id="plain")]
+)
 def test_opcheck(full):
     options = {**MIXER, "states": 3, "cu_seqlens": torch.tensor([0, 4, 4, 9])} if full else {}
     args = positional(inputs(F32, 1, 9, 2, 3, 4, **options))
