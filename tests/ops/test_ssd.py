@@ -319,6 +319,26 @@ def test_the_gradient_of_a_step_reaches_through_the_state():
         torch.testing.assert_close(got, want, **EXACT)
 
 
+# --- transformations ------------------------------------------------------------------------------------------------
+
+
+def test_forward_mode_and_vmap_agree_with_backward_mode():
+    made = ssd_inputs(generator(18), 3, 9, 2, 3, 4, skip="head", chunk_size=4)
+
+    def loss(x, B):
+        return torch_scan({**made, "x": x, "B": B}).sin().sum()
+
+    x, B = made["x"], made["B"]
+    tangents = torch.randn(x.shape, generator=generator(19), dtype=x.dtype), torch.ones_like(B)
+    _, forward = torch.func.jvp(loss, (x, B), tangents)
+    backward = torch.func.grad(loss, argnums=(0, 1))(x, B)
+    torch.testing.assert_close(forward, sum((g * t).sum() for g, t in zip(backward, tangents, strict=True)), **EXACT)
+    rows = {name: made[name][:, None] for name in ("x", "dt", "B", "C")}  # every row a batch of its own
+    with torch.no_grad():
+        each = torch.func.vmap(lambda row: torch_scan({**made, **row}))(rows)
+    torch.testing.assert_close(each[:, 0], torch_scan(made), **EXACT)
+
+
 # --- cost -----------------------------------------------------------------------------------------------------------
 
 

@@ -166,6 +166,18 @@ SHAPE_ERRORS = {
         "cu_seqlens must be the only description of the packing; got seq_idx",
         "Pass cu_seqlens",
     ),
+    "offsets that end early": (
+        bad(**ssd_inputs(generator(), 1, 4, 4, 3, 2), z=None, initial_states=None, cu_seqlens=torch.tensor([0, 3])),
+        "cu_seqlens must rise from 0 to seqlen=4; got [0, 3]",
+        "running sum of the lengths",
+    ),
+    "offsets that fall": (
+        bad(
+            **ssd_inputs(generator(), 1, 4, 4, 3, 2), z=None, initial_states=None, cu_seqlens=torch.tensor([0, 3, 2, 4])
+        ),
+        "cu_seqlens must rise from 0 to seqlen=4; got [0, 3, 2, 4]",
+        "running sum of the lengths",
+    ),
     "chunk_size 0": (bad(chunk_size=0), "chunk_size must be at least 1; got 0", "Leave it out"),
     "limits in the wrong order": (bad(dt_limit=(1.0, 0.1)), "dt_limit must satisfy 0 <= low <= high", "got (1.0, 0.1)"),
     "negative limit": (bad(dt_limit=(-1.0, 0.1)), "dt_limit must satisfy 0 <= low <= high", "A negative step size"),

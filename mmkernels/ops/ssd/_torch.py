@@ -49,8 +49,10 @@ def decay(exponent: torch.Tensor, work: torch.dtype) -> torch.Tensor:
 
 
 def in_place() -> bool:
-    """Whether temporaries may be overwritten: nobody differentiates, and no compiler plans the memory."""
-    return not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    """Whether temporaries may be overwritten: nobody differentiates or transforms, and no compiler plans the memory."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return False
+    return not torch._C._are_functorch_transforms_active()  # vmap cannot write a batch into an unbatched output
 
 
 def skip_and_gate(y: torch.Tensor, x: torch.Tensor, D: torch.Tensor | None, z: torch.Tensor | None) -> torch.Tensor:
@@ -95,7 +97,7 @@ def ssd_scan(
         state = x.new_zeros(rows, heads, x.shape[3], B.shape[3], dtype=work)
     if length == 0:
         nothing = skip_and_gate(torch.zeros_like(x, dtype=work), x, D, z).to(x.dtype)
-        return _results(nothing, state, return_final_states)
+        return _results(nothing, None if state is None else state.clone(), return_final_states)
     if seq_idx is not None:
         x, dt, B, C, z = silence(seq_idx < 0, x, dt, B, C, z)
     step = step_size(dt, dt_bias, dt_softplus, dt_limit, work)
@@ -246,7 +248,7 @@ def scan(
         missing = -length % q
         padded = tokens.map(lambda t: F.pad(t, (*[0, 0] * (t.dim() - 2), 0, missing)))
         y, state = _piece(padded, state, q, reverse, layout, 0)
-        return skip_and_gate(y[:, :length], x, D, tokens.z).to(x.dtype), state
+        return skip_and_gate(y[:, :length], x, D, tokens.z).to(x.dtype).contiguous(), state
     sizes = piece_sizes(length, q, 4 * b * h * q * q)
     pieces = tokens.split(sizes)
     whole = torch.empty(x.shape, dtype=x.dtype, device=x.device) if in_place() else None

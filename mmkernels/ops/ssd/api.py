@@ -5,6 +5,7 @@ Signatures, argument checks and one dispatch line each; the mathematics is in re
 
 import math
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -358,3 +359,11 @@ def _check_cu_seqlens(sizes: _checks.Sizes, cu_seqlens: torch.Tensor, seq_idx: t
             "Concatenate the sequences along seqlen."
         )
     sizes.set(nseqs=cu_seqlens.shape[0] - 1)
+    # The one place where values are read: free on a CPU, and a wrong offset would be a silent mix-up of sequences.
+    if type(cu_seqlens) is torch.Tensor and cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
+        offsets = cu_seqlens.tolist()
+        if offsets[0] != 0 or offsets[-1] != sizes["seqlen"] or any(a > b for a, b in pairwise(offsets)):
+            raise ShapeError(
+                f"ssd_scan: cu_seqlens must rise from 0 to seqlen={sizes['seqlen']}; got {offsets}. "
+                "Pass the running sum of the lengths, with a leading 0."
+            )
