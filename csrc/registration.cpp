@@ -37,6 +37,24 @@ STABLE_TORCH_LIBRARY(mmkernels, m) {
       "-> (Tensor grad_x, Tensor grad_dt, Tensor grad_A, Tensor grad_B, Tensor grad_C, Tensor grad_D, Tensor grad_z, "
       "Tensor grad_dt_bias, Tensor grad_initial_states)");
 
+  // The convolution, and its step in place.
+  m.def(
+      "causal_conv1d(Tensor x, Tensor weight, Tensor? bias, Tensor? initial_states, Tensor? seq_idx, "
+      "Tensor? cu_seqlens, bool silu, bool reverse, bool return_final_states) -> (Tensor y, Tensor final_states)");
+  m.def(
+      "causal_conv1d_fwd(Tensor x, Tensor weight, Tensor? bias, Tensor? initial_states, Tensor? seq_idx, "
+      "Tensor? cu_seqlens, bool silu, bool reverse, bool return_final_states) -> (Tensor y, Tensor final_states)");
+  m.def(
+      "causal_conv1d_bwd(Tensor grad_y, Tensor? grad_final, Tensor x, Tensor weight, Tensor? bias, "
+      "Tensor? initial_states, Tensor? seq_idx, Tensor? cu_seqlens, bool silu, bool reverse, "
+      "bool parameter_gradients) -> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias, Tensor grad_initial_states)");
+  m.def(
+      "causal_conv1d_update(Tensor x, Tensor(a!) conv_state, Tensor weight, Tensor? bias, Tensor? state_indices, "
+      "bool silu) -> Tensor");
+  m.def(
+      "ssd_update(Tensor(a!) state, Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, "
+      "Tensor? dt_bias, Tensor? state_indices, bool dt_softplus, float dt_low, float dt_high) -> Tensor");
+
   // The instruction set in use, the best this CPU has, and a way for tests to lower it.
   m.def("isa() -> str");
   m.def("best_isa() -> str");

@@ -24,6 +24,15 @@ def untracked_transform(**_: object) -> list[str]:
     return []
 
 
+def no_gradient_in_place(**args: object) -> list[str]:
+    """Why a native op that writes its state in place declines: somebody wants a gradient, which it does not have."""
+    if torch.is_grad_enabled():
+        for name, value in args.items():
+            if isinstance(value, Tensor) and value.requires_grad:
+                return [f"{name} requires a gradient; the in-place update has one in traceable backends only"]
+    return untracked_transform()
+
+
 def wants_gradient(*tensors: Tensor | None) -> bool:
     """Whether autograd is on and some tensor needs it: then call `<op>_fwd`, else the cheaper `<op>`."""
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)

@@ -318,7 +318,7 @@ BAD = [
     ({"x": X[:1], "cu_seqlens": torch.zeros(0, dtype=torch.int32)}, ShapeError, "boundaries"),
     ({"x": X[:1], "cu_seqlens": torch.tensor([0, 6]), "seq_idx": torch.zeros(1, 6).int()}, ShapeError, "got both"),
     ({"weight": W.to("meta")}, DeviceError, "weight must be on cpu"),
-    ({"backend": "native"}, mmkernels.BackendError, "no native backend"),
+    ({"backend": "triton"}, mmkernels.BackendError, "no triton backend"),
 ]
 
 

@@ -9,7 +9,26 @@ import torch
 
 from mmkernels._checks import Sizes, floating, integer, same_device
 from mmkernels._dispatch import Backend, Op
+from mmkernels._gradients import no_gradient_in_place, untracked_transform
 from mmkernels.errors import ConfigError, ShapeError
+
+
+def _native_conv() -> Callable[..., object]:
+    from mmkernels.ops.causal_conv1d import _native
+
+    return _native.causal_conv1d
+
+
+def _native_update() -> Callable[..., object]:
+    from mmkernels.ops.causal_conv1d import _native
+
+    return _native.causal_conv1d_update
+
+
+def _probe_native() -> str | None:
+    from mmkernels import _native
+
+    return _native.probe()
 
 
 def _torch_conv() -> Callable[..., object]:
@@ -40,13 +59,21 @@ CAUSAL_CONV1D = Op(
     "causal_conv1d",
     key="x",
     public="mmkernels.ops.causal_conv1d.api.causal_conv1d",
-    backends=[Backend("torch", _torch_conv), Backend("reference", _reference_conv)],
+    backends=[
+        Backend("native", _native_conv, devices=("cpu",), declines=untracked_transform, probe=_probe_native),
+        Backend("torch", _torch_conv),
+        Backend("reference", _reference_conv),
+    ],
 )
 CAUSAL_CONV1D_UPDATE = Op(
     "causal_conv1d_update",
     key="x",
     public="mmkernels.ops.causal_conv1d.api.causal_conv1d_update",
-    backends=[Backend("torch", _torch_update), Backend("reference", _reference_update)],
+    backends=[
+        Backend("native", _native_update, devices=("cpu",), declines=no_gradient_in_place, probe=_probe_native),
+        Backend("torch", _torch_update),
+        Backend("reference", _reference_update),
+    ],
 )
 
 

@@ -12,7 +12,7 @@ import torch
 
 from mmkernels import _checks
 from mmkernels._dispatch import Backend, Op
-from mmkernels._gradients import untracked_transform
+from mmkernels._gradients import no_gradient_in_place, untracked_transform
 from mmkernels.errors import DtypeError, ShapeError
 
 # The integer 0 on purpose: torch.compile(dynamic=True) makes float defaults symbolic and then traces everything twice.
@@ -35,6 +35,12 @@ def _load_torch_scan() -> Callable[..., Any]:
     from mmkernels.ops.ssd import _torch
 
     return _torch.ssd_scan
+
+
+def _load_native_update() -> Callable[..., Any]:
+    from mmkernels.ops.ssd import _native_update
+
+    return _native_update.ssd_update
 
 
 def _load_torch_update() -> Callable[..., Any]:
@@ -70,7 +76,11 @@ SSD_UPDATE = Op(
     "ssd_update",
     key="x",
     public="mmkernels.ops.ssd.api.ssd_update",
-    backends=[Backend("torch", _load_torch_update), Backend("reference", _load_reference_update)],
+    backends=[
+        Backend("native", _load_native_update, devices=("cpu",), probe=_probe_native, declines=no_gradient_in_place),
+        Backend("torch", _load_torch_update),
+        Backend("reference", _load_reference_update),
+    ],
 )
 
 
@@ -142,8 +152,8 @@ def ssd_scan(
         that are differences of prefix sums are clamped at 0.  Deterministic.
 
     Cost:
-        About 2 seqlen nheads (chunk_size/2 (headdim + dstate ngroups/nheads) + 2 headdim dstate) multiply-adds;
-        memory linear in seqlen.
+        About seqlen nheads (chunk_size (headdim + dstate ngroups/nheads) + 2 headdim dstate) multiply-adds; memory
+        linear in seqlen.
 
     Example:
         >>> import torch, mmkernels
@@ -266,7 +276,7 @@ def ssd_update(
         All mathematics in float32 (float64 for float64 x), also for a 16-bit state.  Deterministic.
 
     Cost:
-        4 headdim dstate multiply-adds a head and token; reads and writes each state once.
+        2 headdim dstate multiply-adds a head and token; reads and writes each state once.
 
     Example:
         >>> import torch, mmkernels
