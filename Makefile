@@ -43,10 +43,11 @@ gpu: $(VENV)/.ready-test
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
-# torch first: with it present the native library is compiled during the install.
+# torch first, so that nothing newer is fetched; the last step compiles the native library now rather than at first use.
 $(VENV)/.ready-%: pyproject.toml setup.py CMakeLists.txt | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet "setuptools>=77" wheel "$(TORCH)"
 	$(BIN)/python -m pip install --quiet --no-build-isolation -e ".[$*]"
+	$(BIN)/mmkernels info --build
 	@touch $@
 
 clean:

@@ -1,6 +1,7 @@
 """The `mmkernels` command: info, demo, generate, distill, convert.  Plain argparse, heavy imports only when needed."""
 
 import argparse
+import contextlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,6 +30,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
 
     info = commands.add_parser("info", help="versions, native library, backends of every op and why not the rest")
+    info.add_argument("--build", action="store_true", help="compile the native library now rather than at first use")
     info.set_defaults(run=_info)
 
     demo = commands.add_parser("demo", help="train a teacher, make it linear, measure both (about 5 minutes)")
@@ -79,7 +81,11 @@ def _info(arguments: argparse.Namespace) -> int:
 
     import mmkernels
     from mmkernels import _native
+    from mmkernels._dispatch import BackendUnavailable
 
+    if arguments.build:
+        with contextlib.suppress(BackendUnavailable):  # the status printed below says why not
+            _native.require()
     print(f"mmkernels {mmkernels.__version__}, torch {torch.__version__}, Python {sys.version.split()[0]}")
     print(f"CPU threads {torch.get_num_threads()}, CUDA {'yes' if torch.cuda.is_available() else 'no'}")
     print("\nnative library")
