@@ -65,7 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     distill.set_defaults(run=_distill)
 
     convert = commands.add_parser("convert", help="convert HoVLE and mmMamba checkpoints, both ways, strictly")
-    convert.add_argument("source", type=Path, nargs="+", help="file or folder of weights; training files stage by stage")
+    convert.add_argument("source", type=Path, nargs="+", help="file or folder; training files stage by stage")
     convert.add_argument("destination", type=Path, help="folder (or .pt file) to write")
     convert.add_argument("--layout", default="auto", help="of the source: hovle, mmmamba, training, mmkernels or auto")
     convert.add_argument("--to", default="mmkernels", help="mmkernels, official or training")
