@@ -40,8 +40,11 @@ def problem(shape, dtype=torch.float32):
     }
 
 
-def ours(args):
-    return ssd_scan(**args, backend="torch")
+def ours(backend):
+    def run(args):
+        return ssd_scan(**args, backend=backend)
+
+    return run
 
 
 def transformers_chunk(size):
@@ -61,7 +64,8 @@ def assert_close(got, want, dtype):
 
 
 CONTESTANTS = {
-    "mmkernels": ours,
+    "native": ours("native"),
+    "torch": ours("torch"),
     "transformers-256": transformers_chunk(256),
     "transformers-64": transformers_chunk(64),
 }
@@ -87,20 +91,21 @@ def bench_forward_backward(benchmark, shape, who):
     def run(function):
         return torch.autograd.grad(function(args).sum(), inputs)
 
-    for got, want in zip(run(CONTESTANTS[who]), run(ours), strict=True):
+    for got, want in zip(run(CONTESTANTS[who]), run(CONTESTANTS["torch"]), strict=True):
         assert_close(got, want, torch.float32)
     benchmark.group = f"ssd_scan forward and backward {shape}"
     benchmark(run, CONTESTANTS[who])
 
 
+@pytest.mark.parametrize("backend", ["native", "torch"])
 @pytest.mark.parametrize("batch", [1, 16])
-def bench_update(benchmark, batch):
+def bench_update(benchmark, batch, backend):
     args = {k: v[:, 0] if k in ("x", "dt", "B", "C") else v for k, v in problem("mamba2-130m-512").items()}
     args |= {k: args[k].expand(batch, *args[k].shape[1:]) for k in ("x", "dt", "B", "C")}
     states = [torch.zeros(batch, 24, 64, 128) for _ in range(2)]
     benchmark.group = f"ssd_update mamba2-130m batch {batch}"
     with torch.no_grad():
         for _ in range(3):
-            got, want = (ssd_update(s, **args, backend=b) for s, b in zip(states, ("torch", "reference"), strict=True))
+            got, want = (ssd_update(s, **args, backend=b) for s, b in zip(states, (backend, "reference"), strict=True))
             assert_close(got, want, torch.float32)
-        benchmark(ssd_update, states[0], **args, backend="torch")
+        benchmark(ssd_update, states[0], **args, backend=backend)
