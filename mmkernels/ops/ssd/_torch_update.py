@@ -26,6 +26,7 @@ def ssd_update(
     """`mmkernels.ssd_update` on validated arguments."""
     if x.numel() == 0:
         return torch.zeros_like(x)
+    _torch.pin_sizes(*state.shape[1:], B.shape[-2])
     work = torch.float64 if x.dtype == torch.float64 else torch.float32
     step = _torch.step_size(dt, dt_bias, dt_softplus, dt_limit, work)
     if state_indices is None:
