@@ -183,7 +183,7 @@ def _compile_once(plan: _build.Plan, folder: Path) -> Path:
                 shutil.rmtree(stale, ignore_errors=True)
         workspace = Path(tempfile.mkdtemp(prefix=f"{name}.tmp.", dir=folder))
         try:
-            _log.warning("compiling the native kernels, once for this machine (about a minute of one core), into %s", folder)
+            _log.warning("compiling the native kernels once, about a minute of one core, into %s", folder)
             report = _build.compile_library(plan, workspace, _kept_objects(plan, folder))
             (workspace / "report").write_text(json.dumps(report), encoding="utf-8")
             os.replace(workspace / "report", library.with_suffix(".json"))

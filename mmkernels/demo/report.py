@@ -169,7 +169,7 @@ def plot_accuracy(accuracy: dict[str, dict[str, float]], path: Path) -> None:
     for i, (key, _, colour) in enumerate(reversed(rows)):
         value = accuracy[key]["all"]
         axis.barh(i, value, color=colour, alpha=1.0 if key == "teacher" or key.endswith(("3", "scratch")) else 0.55)
-        axis.text(value + 0.01, i, f"{value:.3f}", va="center", fontsize=9)
+        axis.text(value + 0.01, i, f"{value:.3f}", va="center", fontsize=9, bbox={"color": "white", "pad": 1})
     axis.axvline(accuracy["teacher"]["all"], color=TEACHER, linestyle=":", linewidth=1)
     axis.set_yticks(range(len(rows)), [label for _, label, _ in reversed(rows)], fontsize=9)
     axis.set_xlim(0, 1.1)
@@ -196,7 +196,8 @@ def plot_scaling(decode: dict[str, Any], path: Path) -> None:
     right.set_ylabel("cache, MiB")
     for axis in (left, right):
         axis.set_xscale("log", base=2)
-        axis.set_yscale("log")
+        axis.set_yscale("log", base=2 if axis is left else 10)
+        axis.yaxis.set_major_formatter("{x:g}")
         axis.set_xticks(
             decode["contexts"], [f"{c // 1024}K" if c % 1024 == 0 else f"{c // 1000}K" for c in decode["contexts"]]
         )
