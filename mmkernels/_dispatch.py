@@ -5,6 +5,7 @@ tensor's device.  A named backend runs or raises.  The automatic order takes the
 `explain()` tells what would run and why the others would not.  Everything here is traceable by torch.compile.
 """
 
+import importlib
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from mmkernels.errors import BackendError, nearest
 
 BACKENDS = ("native", "triton", "torch", "reference", "upstream")
 AUTOMATIC = {"cpu": ("native", "torch"), "cuda": ("triton", "native", "torch")}
+NATIVE_PROBE = "mmkernels._native:probe"
 _FORCED = _env.forced_backend()
 _OPS: "dict[str, Op]" = {}
 
@@ -65,17 +67,26 @@ class BackendTable(dict[str, dict[str, str]]):
 
 
 class Backend:
-    """One way to run one op: a name, the devices it serves, and a loader that imports it on first use."""
+    """One way to run one op, imported on first use.
+
+    Args:
+        name: one of BACKENDS.
+        source: "package.module:function", the implementation; it takes the op's validated keyword arguments.  The
+            import may raise BackendUnavailable.
+        devices: device types it serves.
+        declines: gets the same arguments and returns its objections in words, none if it can run them.
+        probe: "package.module:function" that says, without compiling anything, why the import would fail, or None.
+    """
 
     def __init__(
         self,
         name: str,
-        load: Callable[[], Callable[..., Any]],
+        source: str,
         devices: tuple[str, ...] = ("any",),
         declines: Callable[..., list[str]] | None = None,
-        probe: Callable[[], str | None] | None = None,
+        probe: str | None = None,
     ):
-        self.name, self.load, self.devices, self.declines, self.probe = name, load, devices, declines, probe
+        self.name, self.source, self.devices, self.declines, self.probe = name, source, devices, declines, probe
         self.impl: Callable[..., Any] | None = None
         self.reason: str | None = None
 
@@ -83,7 +94,7 @@ class Backend:
         """Load the backend once; None when it is ready, else the remembered reason."""
         if self.impl is None and self.reason is None:
             try:
-                self.impl = self.load()
+                self.impl = _imported(self.source)
             except BackendUnavailable as error:
                 self.reason = str(error)
         return self.reason
@@ -91,7 +102,7 @@ class Backend:
     def status(self) -> str:
         """Say "ready" or a reason, without compiling anything."""
         if self.impl is None and self.reason is None and self.probe is not None:
-            return self.probe() or "ready"
+            return _imported(self.probe)() or "ready"
         return self.unavailable() or "ready"
 
 
@@ -102,6 +113,12 @@ def _unavailable(op: str, backend: str) -> str | None:
 
 # What torch.compiler.assume_constant_result sets; calling it would import the whole compiler, a second at every start.
 _unavailable._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _imported(source: str) -> Callable[..., Any]:
+    module, name = source.split(":")
+    function: Callable[..., Any] = getattr(importlib.import_module(module), name)
+    return function
 
 
 class Op:
@@ -229,8 +246,6 @@ def explain(op: str, *args: Any, **kwargs: Any) -> Explanation:
     _load_all()
     if op not in _OPS:
         raise BackendError(f"explain: no op is called {op!r}. {nearest(op, _OPS)}")
-    import importlib
-
     module, name = _OPS[op].public.rsplit(".", 1)
     _override.explaining = True
     try:

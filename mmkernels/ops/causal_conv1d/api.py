@@ -3,66 +3,23 @@
 Mamba-2's short convolution (arXiv 2405.21060, figure 6), as implemented for CUDA by the causal-conv1d package.
 """
 
-from collections.abc import Callable
-
 import torch
 
 from mmkernels._checks import Sizes, floating, integer, same_device
-from mmkernels._dispatch import Backend, Op
+from mmkernels._dispatch import NATIVE_PROBE, Backend, Op
 from mmkernels._gradients import no_gradient_in_place, untracked_transform
 from mmkernels.errors import ConfigError, ShapeError
 
-
-def _native_conv() -> Callable[..., object]:
-    from mmkernels.ops.causal_conv1d import _native
-
-    return _native.causal_conv1d
-
-
-def _native_update() -> Callable[..., object]:
-    from mmkernels.ops.causal_conv1d import _native
-
-    return _native.causal_conv1d_update
-
-
-def _probe_native() -> str | None:
-    from mmkernels import _native
-
-    return _native.probe()
-
-
-def _torch_conv() -> Callable[..., object]:
-    from mmkernels.ops.causal_conv1d import _torch
-
-    return _torch.causal_conv1d
-
-
-def _reference_conv() -> Callable[..., object]:
-    from mmkernels.ops.causal_conv1d import reference
-
-    return reference.causal_conv1d
-
-
-def _torch_update() -> Callable[..., object]:
-    from mmkernels.ops.causal_conv1d import _torch
-
-    return _torch.causal_conv1d_update
-
-
-def _reference_update() -> Callable[..., object]:
-    from mmkernels.ops.causal_conv1d import reference
-
-    return reference.causal_conv1d_update
-
+_HERE = "mmkernels.ops.causal_conv1d"
 
 CAUSAL_CONV1D = Op(
     "causal_conv1d",
     key="x",
     public="mmkernels.ops.causal_conv1d.api.causal_conv1d",
     backends=[
-        Backend("native", _native_conv, devices=("cpu",), declines=untracked_transform, probe=_probe_native),
-        Backend("torch", _torch_conv),
-        Backend("reference", _reference_conv),
+        Backend("native", f"{_HERE}._native:causal_conv1d", ("cpu",), untracked_transform, NATIVE_PROBE),
+        Backend("torch", f"{_HERE}._torch:causal_conv1d"),
+        Backend("reference", f"{_HERE}.reference:causal_conv1d"),
     ],
 )
 CAUSAL_CONV1D_UPDATE = Op(
@@ -70,9 +27,9 @@ CAUSAL_CONV1D_UPDATE = Op(
     key="x",
     public="mmkernels.ops.causal_conv1d.api.causal_conv1d_update",
     backends=[
-        Backend("native", _native_update, devices=("cpu",), declines=no_gradient_in_place, probe=_probe_native),
-        Backend("torch", _torch_update),
-        Backend("reference", _reference_update),
+        Backend("native", f"{_HERE}._native:causal_conv1d_update", ("cpu",), no_gradient_in_place, NATIVE_PROBE),
+        Backend("torch", f"{_HERE}._torch:causal_conv1d_update"),
+        Backend("reference", f"{_HERE}.reference:causal_conv1d_update"),
     ],
 )
 

@@ -3,48 +3,23 @@
 The normalisation that closes a Mamba-2 mixer (arXiv 2405.21060, section 7) and, gated afterwards, an mmMamba mixer.
 """
 
-from collections.abc import Callable
-
 import torch
 
 from mmkernels._checks import Sizes, floating, same_device
-from mmkernels._dispatch import Backend, Op
+from mmkernels._dispatch import NATIVE_PROBE, Backend, Op
 from mmkernels._gradients import untracked_transform
 from mmkernels.errors import ShapeError
 
-
-def _native() -> Callable[..., object]:
-    from mmkernels.ops.gated_rms_norm import _native
-
-    return _native.gated_rms_norm
-
-
-def _probe_native() -> str | None:
-    from mmkernels import _native
-
-    return _native.probe()
-
-
-def _torch() -> Callable[..., object]:
-    from mmkernels.ops.gated_rms_norm import _torch
-
-    return _torch.gated_rms_norm
-
-
-def _reference() -> Callable[..., object]:
-    from mmkernels.ops.gated_rms_norm import reference
-
-    return reference.gated_rms_norm
-
+_HERE = "mmkernels.ops.gated_rms_norm"
 
 GATED_RMS_NORM = Op(
     "gated_rms_norm",
     key="x",
     public="mmkernels.ops.gated_rms_norm.api.gated_rms_norm",
     backends=[
-        Backend("native", _native, devices=("cpu",), declines=untracked_transform, probe=_probe_native),
-        Backend("torch", _torch),
-        Backend("reference", _reference),
+        Backend("native", f"{_HERE}._native:gated_rms_norm", ("cpu",), untracked_transform, NATIVE_PROBE),
+        Backend("torch", f"{_HERE}._torch:gated_rms_norm"),
+        Backend("reference", f"{_HERE}.reference:gated_rms_norm"),
     ],
 )
 

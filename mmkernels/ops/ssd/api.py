@@ -4,71 +4,28 @@ Signatures, argument checks and one dispatch line each; the mathematics is in re
 """
 
 import math
-from collections.abc import Callable
 from itertools import pairwise
-from typing import Any
 
 import torch
 
 from mmkernels import _checks
-from mmkernels._dispatch import Backend, Op
+from mmkernels._dispatch import NATIVE_PROBE, Backend, Op
 from mmkernels._gradients import no_gradient_in_place, untracked_transform
 from mmkernels.errors import DtypeError, ShapeError
 
 # The integer 0 on purpose: torch.compile(dynamic=True) makes float defaults symbolic and then traces everything twice.
 _NO_LIMIT = (0, math.inf)
 
-
-def _load_native_scan() -> Callable[..., Any]:
-    from mmkernels.ops.ssd import _native
-
-    return _native.ssd_scan
-
-
-def _probe_native() -> str | None:
-    from mmkernels import _native
-
-    return _native.probe()
-
-
-def _load_torch_scan() -> Callable[..., Any]:
-    from mmkernels.ops.ssd import _torch
-
-    return _torch.ssd_scan
-
-
-def _load_native_update() -> Callable[..., Any]:
-    from mmkernels.ops.ssd import _native_update
-
-    return _native_update.ssd_update
-
-
-def _load_torch_update() -> Callable[..., Any]:
-    from mmkernels.ops.ssd import _torch_update
-
-    return _torch_update.ssd_update
-
-
-def _load_reference_scan() -> Callable[..., Any]:
-    from mmkernels.ops.ssd import reference
-
-    return reference.ssd_scan
-
-
-def _load_reference_update() -> Callable[..., Any]:
-    from mmkernels.ops.ssd import reference
-
-    return reference.ssd_update
-
+_HERE = "mmkernels.ops.ssd"
 
 SSD_SCAN = Op(
     "ssd_scan",
     key="x",
     public="mmkernels.ops.ssd.api.ssd_scan",
     backends=[
-        Backend("native", _load_native_scan, devices=("cpu",), probe=_probe_native, declines=untracked_transform),
-        Backend("torch", _load_torch_scan),
-        Backend("reference", _load_reference_scan),
+        Backend("native", f"{_HERE}._native:ssd_scan", ("cpu",), untracked_transform, NATIVE_PROBE),
+        Backend("torch", f"{_HERE}._torch:ssd_scan"),
+        Backend("reference", f"{_HERE}.reference:ssd_scan"),
     ],
 )
 
@@ -77,9 +34,9 @@ SSD_UPDATE = Op(
     key="x",
     public="mmkernels.ops.ssd.api.ssd_update",
     backends=[
-        Backend("native", _load_native_update, devices=("cpu",), probe=_probe_native, declines=no_gradient_in_place),
-        Backend("torch", _load_torch_update),
-        Backend("reference", _load_reference_update),
+        Backend("native", f"{_HERE}._native_update:ssd_update", ("cpu",), no_gradient_in_place, NATIVE_PROBE),
+        Backend("torch", f"{_HERE}._torch_update:ssd_update"),
+        Backend("reference", f"{_HERE}.reference:ssd_update"),
     ],
 )
 
