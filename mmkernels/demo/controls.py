@@ -14,6 +14,8 @@ from typing import Any
 import torch
 
 from mmkernels.demo.settings import DemoSettings
+from mmkernels.demo.steps import canvas_task, demo_recipe, distil, finish
+from mmkernels.demo.teacher import accuracy, teacher_config, train_on_answers
 from mmkernels.errors import MMKernelsError
 
 
@@ -85,8 +87,6 @@ def _train_controls(settings: DemoSettings, threads: int, ready: Any) -> None:
 
 
 def _without_teacher(settings: DemoSettings) -> dict[str, float]:
-    from mmkernels.demo.run import canvas_task, demo_recipe
-    from mmkernels.demo.teacher import accuracy, teacher_config, train_on_answers
     from mmkernels.models.mmmamba import MMMambaForConditionalGeneration
 
     task = canvas_task(settings)
@@ -101,8 +101,6 @@ def _without_teacher(settings: DemoSettings) -> dict[str, float]:
 
 
 def _scratch_seeding(settings: DemoSettings, out: Path) -> dict[str, float]:
-    from mmkernels.demo.run import canvas_task, distil, finish
-    from mmkernels.demo.teacher import accuracy
     from mmkernels.models.mmmamba import MMMambaForConditionalGeneration
 
     task = canvas_task(settings)

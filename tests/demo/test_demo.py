@@ -63,7 +63,7 @@ def test_generate_answers_with_one_known_word(finished, capsys):
 
 def test_the_processor_makes_what_the_model_was_trained_on(finished):
     from mmkernels.demo.answer import load
-    from mmkernels.demo.run import canvas_task
+    from mmkernels.demo.steps import canvas_task
 
     out, _ = finished
     task = canvas_task(DemoSettings())
