@@ -58,7 +58,7 @@ class StageConfig:
     eps: float = 1e-8
     weight_decay: float = 0.05
     max_grad_norm: float = 5.0
-    target: str = "context"
+    target: str = "block_output"
     loss_scale: float = 1000.0
     mse_reduction: str = "element_mean"
     temperature: float = 1.0

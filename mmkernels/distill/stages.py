@@ -145,7 +145,7 @@ def layerwise_loss(
     teacher: Any,
     batch: Mapping[str, Any],
     *,
-    target: str = "context",
+    target: str = "block_output",
     mask: str = "non_pad",
     scale: float = 1000.0,
     reduction: str = "element_mean",

@@ -140,7 +140,7 @@ def test_layerwise_gradients_are_local(student, teacher, batch):
         student.zero_grad(set_to_none=True)
         stages.layer_errors = lambda *a, p=position, **k: original(*a, **k)[p : p + 1]
         try:
-            layerwise_loss(student, teacher, batch).loss.backward()
+            layerwise_loss(student, teacher, batch, target="context").loss.backward()
         finally:
             stages.layer_errors = original
         inside = {id(p) for p in student.decoder_layers()[index].mixer.parameters()}

@@ -210,7 +210,7 @@ def test_bad_data_and_settings(teacher, task, make_recipe, tmp_path):
         run(make_recipe(max_length=5), teacher, student, task.source())
     with pytest.raises(ConfigError, match="output_dir must be given with tensorboard"):
         Distiller(make_recipe(), teacher, student, task.source(), tensorboard=True)
-    stage = dataclasses.replace(make_recipe().stages[0], trainable=("o_proj",))
+    stage = dataclasses.replace(make_recipe().stages[0], trainable=("o_proj",), target="context")
     with pytest.raises(ConfigError, match="parameters that its loss reaches"):
         run(dataclasses.replace(make_recipe(), stages=(stage,)), teacher, student, task.source())
     stage = dataclasses.replace(make_recipe().stages[0], lr=1e30, warmup_steps=0)
