@@ -22,7 +22,7 @@ from mmkernels.errors import MMKernelsError
 class Controls:
     """A context in which the controls train; leaving it early stops them.
 
-    With one core, or with settings.controls off, there is no second process and no control.
+    With settings.controls off there is no second process and no control.
     """
 
     def __init__(self, settings: DemoSettings):
@@ -81,7 +81,7 @@ def _train_controls(settings: DemoSettings, threads: int, ready: Any) -> None:
         (folder / "trained_from_scratch.json").write_text(json.dumps(_without_teacher(settings)))
         ready.wait()
         (folder / "scratch_seeding_stage3.json").write_text(json.dumps(_scratch_seeding(settings, settings.out)))
-    except BaseException:
+    except BaseException:  # whatever it was, the main process shows it; then it goes on its way
         (folder / "failure.txt").write_text(traceback.format_exc())
         raise
 
