@@ -34,7 +34,7 @@ _override = _Override()
 
 
 class BackendUnavailable(Exception):  # noqa: N818  (a state of the machine, not a mistake)
-    """Raised by a backend's loader: the reason, in words, why this machine cannot run it."""
+    """Raised when a backend's module is imported: the reason, in words, why this machine cannot run it."""
 
 
 class _Explained(Exception):  # noqa: N818  (carries an answer out of a call)

@@ -10,16 +10,19 @@ def load(model_folder: Path) -> tuple[Any, Any]:
     """Model (eval mode) and processor of a folder written by save_pretrained.
 
     Raises:
-        CheckpointError: the folder is not there, or holds no such model.
+        CheckpointError: the folder is not there or holds no such model; the weights are damaged, incomplete, of
+            another model, or not finite.
     """
     from mmkernels.models.mmmamba import MMMambaForConditionalGeneration, MMMambaProcessor
+    from mmkernels.models.mmmamba.convert_mmmamba import load_checkpoint
 
-    for needed in ("config.json", "model.safetensors"):
-        if not (model_folder / needed).is_file():
-            raise CheckpointError(
-                f"generate: model must be a folder written by save_pretrained; {model_folder} has no {needed}. "
-                "Run `mmkernels demo` first, then use out/linear, out/hybrid or out/teacher."
-            )
+    if not (model_folder / "config.json").is_file():
+        raise CheckpointError(
+            f"generate: model must be a folder written by save_pretrained; {model_folder} has no config.json. "
+            "Run `mmkernels demo` first, then use out/linear, out/hybrid or out/teacher."
+        )
+    # from_pretrained alone would draw missing weights at random, with a warning, and take NaN for an answer
+    load_checkpoint(model_folder, layout="mmkernels")
     model = MMMambaForConditionalGeneration.from_pretrained(model_folder)
     return model.eval(), MMMambaProcessor.from_pretrained(model_folder)
 

@@ -1,6 +1,7 @@
 """The main job at a size that takes seconds: it runs through, and what it writes can be used."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -104,6 +105,34 @@ def test_a_folder_without_a_model_is_refused(tmp_path):
 
     with pytest.raises(CheckpointError, match=r"config\.json"):
         load(tmp_path)
+
+
+def test_damaged_weights_are_refused_before_anything_is_answered(finished, tmp_path, capsys):
+    from safetensors.torch import load_file, save_file
+
+    out, _ = finished
+    image = str(next((out / "canvases").glob("*.png")))
+    good = load_file(out / "linear" / "model.safetensors")
+    name = "model.layers.0.mixer.A_log_bias"
+    changes = {
+        "nan": {**good, name: torch.full_like(good[name], float("nan"))},
+        "missing": {k: v for k, v in good.items() if k != name},
+        "extra": {**good, "stranger": torch.ones(2)},
+        "truncated": None,
+    }
+    for kind, weights in changes.items():
+        folder = tmp_path / kind
+        shutil.copytree(out / "linear", folder)
+        file = folder / "model.safetensors"
+        if weights is None:
+            file.write_bytes(file.read_bytes()[:10_000])
+        else:
+            save_file(weights, file, metadata={"format": "pt"})
+        status = main(["generate", "--model", str(folder), "--image", image, "--question", "how many three ?"])
+        error = capsys.readouterr().err
+        assert status == 2, kind
+        wanted = {"extra": "stranger", "truncated": "model.safetensors"}.get(kind, name)
+        assert wanted in error, (kind, error)
 
 
 @pytest.mark.parametrize("field", [{"teacher_steps": 0}, {"stage_scale": 0.0}, {"contexts": ()}, {"questions": 0}])

@@ -341,7 +341,6 @@ def test_word_lists_that_cannot_be(words, named):
 
 def test_the_canvas_task_writes_the_same_sequence():
     """The demo's data and this processor must agree on where the image goes."""
-    pytest.importorskip("sklearn")
     from mmkernels.data import CanvasTask
 
     for order in ("question_first", "image_first"):
