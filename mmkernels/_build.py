@@ -203,14 +203,13 @@ def compile_library(plan: Plan, workspace: Path, kept_objects: Path | None = Non
     started = time.perf_counter()
     jobs = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     pool = ThreadPoolExecutor(max_workers=max(1, min(jobs, len(plan.steps))))
-    headers = _digest(*(path.read_bytes() for path in sorted((plan.root / "csrc").rglob("*.h"))))
 
     def compile_step(step: Step) -> Path:
         if kept_objects is None:
             return _compile(plan, step, workspace)
-        source = (plan.root / step.source).read_bytes()
-        facts = " ".join([*plan.compiler, plan.compiler_version, headers, *step.flags])
-        kept = kept_objects / f"{_digest(facts.encode(), source)}.o"
+        facts = " ".join([*plan.compiler, plan.compiler_version, *step.flags]).replace(str(plan.root), ".")
+        read = [path.read_bytes() for path in included_files(plan.root, step.source)]
+        kept = kept_objects / f"{_digest(facts.encode(), *read)}.o"
         if kept.exists():
             os.utime(kept)  # in use: not to be swept out
         else:
@@ -229,6 +228,21 @@ def compile_library(plan: Plan, workspace: Path, kept_objects: Path | None = Non
         "levels": list(plan.levels),
         "seconds": round(time.perf_counter() - started, 1),
     }
+
+
+def included_files(root: Path, source: str) -> list[Path]:
+    """The source and every file of csrc/ it includes in quotes, directly or not: an edit of another costs it nothing."""
+    found: dict[Path, None] = {}
+    waiting = [root / source]
+    while waiting:
+        path = waiting.pop()
+        if path in found:
+            continue
+        found[path] = None
+        names = re.findall(r'^\s*#\s*include\s+"([^"]+)"', path.read_text(encoding="utf-8"), re.MULTILINE)
+        for name in names:
+            waiting += [near for near in (path.parent / name, root / "csrc" / name) if near.is_file()]
+    return sorted(found)
 
 
 def _compile(plan: Plan, step: Step, workspace: Path) -> Path:

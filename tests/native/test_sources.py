@@ -35,6 +35,19 @@ def test_every_schema_is_in_registration():
         assert hasattr(torch.ops.mmkernels, name)
 
 
+def test_an_edit_costs_the_units_that_include_it(tmp_path):
+    csrc = tmp_path / "csrc"
+    (csrc / "common").mkdir(parents=True)
+    (csrc / "cpu").mkdir()
+    (csrc / "common" / "a.h").write_text('#pragma once\n#include "common/b.h"\n#include <vector>\n')
+    (csrc / "common" / "b.h").write_text("#pragma once\n")
+    (csrc / "common" / "other.h").write_text("#pragma once\n")
+    (csrc / "cpu" / "near.h").write_text("#pragma once\n")
+    (csrc / "cpu" / "op.cpp").write_text('#include "near.h"\n  #  include "common/a.h"\n')
+    read = [path.relative_to(csrc).as_posix() for path in _build.included_files(tmp_path, "csrc/cpu/op.cpp")]
+    assert read == ["common/a.h", "common/b.h", "cpu/near.h", "cpu/op.cpp"]
+
+
 def test_only_the_stable_abi_is_included():
     for path in (ROOT / "csrc").rglob("*.*"):
         for header in re.findall(r"#include <((?:torch|ATen|c10|Python)[^>]*)>", path.read_text()):
