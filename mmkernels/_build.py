@@ -231,7 +231,7 @@ def compile_library(plan: Plan, workspace: Path, kept_objects: Path | None = Non
 
 
 def included_files(root: Path, source: str) -> list[Path]:
-    """The source and every file of csrc/ it includes in quotes, directly or not: an edit of another costs it nothing."""
+    """The source and every file of csrc/ it includes in quotes, directly or not: all that can change its object."""
     found: dict[Path, None] = {}
     waiting = [root / source]
     while waiting:
