@@ -11,21 +11,23 @@ import pytest
 import torch
 
 import mmkernels
+from mmkernels import _triton
 from mmkernels._dispatch import registered
-from mmkernels.testing import CASES, assert_within, poisoned_allocations
+from mmkernels.testing import CASES
+from mmkernels.testing.contract import check_error_bar, differentiable
 
 ROOT = Path(__file__).resolve().parents[1]
 OPS = registered()
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-PEER = {"native": "torch", "triton": "torch", "torch": "reference"}
+BACKENDS = ("native", "triton", "torch")
 
 
-def backends_of(op: str, *, testable=("native", "torch")) -> list[str]:
+def backends_of(op: str, *, testable=BACKENDS) -> list[str]:
     ready = mmkernels.backends()[op]
     return [name for name in OPS[op].entries if name in testable and ready[name] == "ready"]
 
 
-def pairs(small_only: bool = False, testable=("native", "torch"), pure_only: bool = False):
+def pairs(small_only: bool = False, testable=BACKENDS, pure_only: bool = False):
     # an op that updates its state in place has no gradients of its own: the scan it belongs to has them
     return [
         pytest.param(case, backend, id=f"{op}-{backend}-{case.id}")
@@ -33,63 +35,18 @@ def pairs(small_only: bool = False, testable=("native", "torch"), pure_only: boo
         for backend in backends_of(op, testable=testable)
         for case in CASES.get(op, [])
         if (case.small or not small_only) and not (pure_only and case.mutates)
+        if not (case.heavy and backend == "triton" and _triton.interpreting())
     ]
-
-
-def differentiable(case, args):
-    return {
-        k: v for k, v in args.items() if isinstance(v, torch.Tensor) and v.is_floating_point() and k not in case.mutates
-    }
-
-
-def cotangents(outputs):
-    """Fixed float64 directions, the same for every backend and dtype."""
-    generator = torch.Generator().manual_seed(7)
-    return [torch.randn(out.shape, generator=generator, dtype=torch.float64) for out in outputs]
-
-
-def forward_backward(case, backend, dtype, values):
-    """Outputs and gradients of one run in `dtype` from the same float64 values (rounded once to dtype)."""
-    args = {k: v.to(dtype) if isinstance(v, torch.Tensor) and v.is_floating_point() else v for k, v in values.items()}
-    if not case.mutates:
-        for value in differentiable(case, args).values():
-            value.requires_grad_()
-    outputs = case.run(args, backend)
-    if case.mutates:
-        return outputs, {}
-    used = [(o, c) for o, c in zip(outputs, cotangents(outputs), strict=True) if o.requires_grad]
-    loss_terms = [
-        (o * c.to(o.dtype)).sum(dtype=torch.float64 if dtype == torch.float64 else torch.float32) for o, c in used
-    ]
-    names = list(differentiable(case, args))
-    wanted = [args[n] for n in names]
-    # No dependence and a gradient of zeros are the same answer.
-    grads = torch.autograd.grad(sum(loss_terms), wanted, materialize_grads=True) if used else []
-    return outputs, {n: g for n, g in zip(names, grads, strict=False) if g is not None}
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 @pytest.mark.parametrize(("case", "backend"), pairs())
 def test_error_bar(case, backend, dtype, count_backend):
-    # Inputs are rounded to dtype first, so that only the arithmetic is judged.
-    rounded = case.args(dtype)
-    values = {k: v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for k, v in rounded.items()}
-    truth_out, truth_grad = forward_backward(case, "reference", torch.float64, values)
-    peer_out, peer_grad = forward_backward(case, PEER[backend], dtype, values)
-    with poisoned_allocations():
-        outputs, grads = forward_backward(case, backend, dtype, values)
-    for i, (out, truth, peer) in enumerate(zip(outputs, truth_out, peer_out, strict=True)):
-        assert_within(f"output {i}", out, truth, peer, dtype=dtype, summands=case.summands)
-    assert set(grads) == set(truth_grad)
-    for name, grad in grads.items():
-        assert grad.dtype == dtype
-        assert_within(f"grad of {name}", grad, truth_grad[name], peer_grad[name], dtype=dtype, summands=case.summands)
+    check_error_bar(case, backend, dtype)
     count_backend(case.op, backend)
 
 
-@pytest.mark.parametrize(
-    ("case", "backend"), pairs(small_only=True, testable=("native", "torch", "reference"), pure_only=True)
-)
+@pytest.mark.parametrize(("case", "backend"), pairs(small_only=True, testable=(*BACKENDS, "reference"), pure_only=True))
 def test_gradients_by_finite_differences(case, backend, count_backend):
     args = case.args(torch.float64, grad=True)
     names = list(differentiable(case, args))

@@ -55,7 +55,9 @@ def test_layers_of_the_house(path):
     if starts(
         name, "mmkernels.ops", "mmkernels.layers", "mmkernels._dispatch", "mmkernels._checks", "mmkernels.errors"
     ):
-        heavy = {i for i in at_top if i.split(".")[0] in HEAVY}
+        # a file of Triton kernels is imported on first use, by a backend that has found triton to be there
+        allowed = {"triton"} if path.name.startswith("_triton_kernels") else set()
+        heavy = {i for i in at_top if i.split(".")[0] in HEAVY - allowed}
         assert not heavy, f"{name} imports {heavy} at the top; import inside the function that needs it"
     if starts(name, "mmkernels.ops"):
         upward = {

@@ -19,6 +19,8 @@ class Case:
         build: makes float64 CPU keyword arguments of the public function from a seeded generator.
         small: few enough elements for numerical differentiation (gradcheck, gradgradcheck).
         mutates: arguments the op writes in place; they count as outputs.
+        heavy: too many steps for Triton's interpreter (some 300 a second), which therefore leaves it out; whatever
+            feature it has must be in another case too.
         summands: products behind one result (tokens that a gradient sums over), if backends may add them in any order.
     """
 
@@ -28,6 +30,7 @@ class Case:
     small: bool = False
     mutates: tuple[str, ...] = ()
     summands: int = 0
+    heavy: bool = False
 
     def args(
         self, dtype: torch.dtype = torch.float32, device: str = "cpu", seed: int = 0, grad: bool = False

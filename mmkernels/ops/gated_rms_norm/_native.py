@@ -1,17 +1,17 @@
-"""Backend "native" of gated_rms_norm: csrc/cpu/gated_rms_norm.cpp; here its fake kernels and its gradients."""
-
-from typing import Any
+"""Backend "native" of gated_rms_norm: csrc/cpu/gated_rms_norm.cpp; its fakes and gradients are in _autograd.py."""
 
 import torch
 from torch import Tensor
 
 from mmkernels import _native
-from mmkernels._gradients import second_order, wants_gradient
+from mmkernels._gradients import wants_gradient
+from mmkernels.ops.gated_rms_norm import _autograd
 
 _native.require()
 _inference = torch.ops.mmkernels.gated_rms_norm.default
 _fwd = torch.ops.mmkernels.gated_rms_norm_fwd.default
 _bwd = torch.ops.mmkernels.gated_rms_norm_bwd.default
+_autograd.register(_inference, _fwd, _bwd)
 
 
 def gated_rms_norm(
@@ -31,89 +31,3 @@ def gated_rms_norm(
     if wants_gradient(x, weight, z, bias):
         return _fwd(x, weight, z, bias, eps, group_size, norm_before_gate)[0]
     return _inference(x, weight, z, bias, eps, group_size, norm_before_gate)
-
-
-@torch.library.register_fake(_inference)
-def gated_rms_norm_fake(x: Tensor, weight: Tensor, z: Any, bias: Any, eps: float, group_size: int, *_: Any) -> Tensor:
-    """Shape and dtype of y: those of x, dense."""
-    return x.new_empty(x.shape)
-
-
-@torch.library.register_fake(_fwd)
-def gated_rms_norm_fwd_fake(
-    x: Tensor, weight: Tensor, z: Any, bias: Any, eps: float, group_size: int, *_: Any
-) -> tuple[Tensor, Tensor]:
-    """(y, rstd): rstd has one value a group, float32 (float64 for float64)."""
-    statistics = x.new_empty(
-        (*x.shape[:-1], x.shape[-1] // group_size), dtype=torch.promote_types(x.dtype, torch.float32)
-    )
-    return x.new_empty(x.shape), statistics
-
-
-@torch.library.register_fake(_bwd)
-def gated_rms_norm_bwd_fake(
-    grad_y: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    z: Tensor | None,
-    bias: Tensor | None,
-    rstd: Tensor,
-    eps: float,
-    group_size: int,
-    norm_before_gate: bool,
-    parameter_gradients: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(grad_x, grad_weight, grad_z, grad_bias); empty where there is none."""
-    grad_weight = weight.new_empty(weight.shape if parameter_gradients else (0,))
-    grad_z = x.new_empty((0,) if z is None else x.shape)
-    kept_bias = bias if bias is not None and parameter_gradients else None
-    grad_bias = (weight if bias is None else bias).new_empty((0,) if kept_bias is None else kept_bias.shape)
-    return x.new_empty(x.shape), grad_weight, grad_z, grad_bias
-
-
-def _fwd_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, weight, z, bias, *ctx.options = inputs
-    ctx.save_for_backward(x, weight, z, bias, output[1])
-    ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)
-
-
-def _fwd_backward(ctx: Any, grad_y: Tensor | None, _grad_rstd: Tensor | None) -> tuple[Tensor | None, ...]:
-    if grad_y is None:
-        return (None,) * 7
-    x, weight, z, bias, rstd = ctx.saved_tensors
-    parameters = ctx.needs_input_grad[1] or ctx.needs_input_grad[3]
-    grad_x, grad_weight, grad_z, grad_bias = _bwd(grad_y, x, weight, z, bias, rstd, *ctx.options, parameters)
-    return (
-        grad_x,
-        grad_weight if parameters else None,
-        None if z is None else grad_z,
-        grad_bias if parameters and bias is not None else None,
-        *(None,) * 3,
-    )
-
-
-def _bwd_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    grad_y, x, weight, z, bias, _rstd, *ctx.options, _parameters = inputs
-    ctx.save_for_backward(grad_y, x, weight, z, bias)
-    ctx.set_materialize_grads(False)
-
-
-def _bwd_backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
-    from mmkernels.ops.gated_rms_norm import api
-
-    grad_y, *inputs = ctx.saved_tensors
-    eps, group_size, norm_before_gate = ctx.options
-
-    def recomputed(x: Tensor, weight: Tensor, z: Tensor | None, bias: Tensor | None) -> Tensor:
-        options = {"eps": eps, "group_size": group_size, "norm_before_gate": norm_before_gate}
-        return api.gated_rms_norm(x, weight, z=z, bias=bias, **options, backend="torch")
-
-    grad_x, grad_weight, grad_z, grad_bias = cotangents
-    (of_grad_y,), of_inputs = second_order(recomputed, inputs, [grad_y], [grad_x, grad_weight, grad_z, grad_bias])
-    # rstd is a function of x and z, whose gradients above already contain it; eps and the flags have none.
-    return (of_grad_y, *of_inputs, *(None,) * 5)
-
-
-torch.library.register_autograd(_fwd, _fwd_backward, setup_context=_fwd_setup)
-torch.library.register_autograd(_bwd, _bwd_backward, setup_context=_bwd_setup)

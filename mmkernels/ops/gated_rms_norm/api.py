@@ -5,6 +5,7 @@ The normalisation that closes a Mamba-2 mixer (arXiv 2405.21060, section 7) and,
 
 import torch
 
+from mmkernels import _triton
 from mmkernels._checks import Sizes, floating, same_device
 from mmkernels._dispatch import NATIVE_PROBE, Backend, Op
 from mmkernels._gradients import untracked_transform
@@ -18,6 +19,7 @@ GATED_RMS_NORM = Op(
     public="mmkernels.ops.gated_rms_norm.api.gated_rms_norm",
     backends=[
         Backend("native", f"{_HERE}._native:gated_rms_norm", ("cpu",), untracked_transform, NATIVE_PROBE),
+        Backend("triton", f"{_HERE}._triton:gated_rms_norm", _triton.DEVICES, _triton.objections, _triton.PROBE),
         Backend("torch", f"{_HERE}._torch:gated_rms_norm"),
         Backend("reference", f"{_HERE}.reference:gated_rms_norm"),
     ],
