@@ -22,6 +22,9 @@ _PUBLIC = {
     ),
     "mmkernels.ops.causal_conv1d.api": ("causal_conv1d", "causal_conv1d_update"),
     "mmkernels.ops.gated_rms_norm.api": ("gated_rms_norm",),
+    "mmkernels.ops.mma_attention.api": ("mma_attention",),
+    "mmkernels.ops.mma_attention.mask": ("MMAMask", "mma_mask"),
+    "mmkernels.ops.mma_attention.spans": ("build_mutual_spans", "check_no_label_leak"),
     "mmkernels.ops.ssd.api": ("ssd_scan", "ssd_update"),
 }
 _HOME = {name: module for module, names in _PUBLIC.items() for name in names}
@@ -44,6 +47,11 @@ if TYPE_CHECKING:
     from mmkernels.ops.causal_conv1d.api import causal_conv1d as causal_conv1d
     from mmkernels.ops.causal_conv1d.api import causal_conv1d_update as causal_conv1d_update
     from mmkernels.ops.gated_rms_norm.api import gated_rms_norm as gated_rms_norm
+    from mmkernels.ops.mma_attention.api import mma_attention as mma_attention
+    from mmkernels.ops.mma_attention.mask import MMAMask as MMAMask
+    from mmkernels.ops.mma_attention.mask import mma_mask as mma_mask
+    from mmkernels.ops.mma_attention.spans import build_mutual_spans as build_mutual_spans
+    from mmkernels.ops.mma_attention.spans import check_no_label_leak as check_no_label_leak
     from mmkernels.ops.ssd.api import ssd_scan as ssd_scan
     from mmkernels.ops.ssd.api import ssd_update as ssd_update
 

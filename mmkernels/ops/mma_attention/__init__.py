@@ -1,0 +1,1 @@
+"""Attention under masks of O(seqlen) integers: causal, windows, documents, and modality-mutual rectangles."""
