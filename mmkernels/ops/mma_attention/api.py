@@ -63,8 +63,8 @@ def mma_attention(
         DeviceError: tensors on different devices.
 
     Numerics: scores, softmax and sums in float32 (float64 for float64), one rounding on output; deterministic.
-    Gradients reach q, k and v, through out and lse; mass is a statistic without gradient.  Keys and values that a row does not
-    attend must still be finite: a backend may read the tile they share with others.
+    Gradients reach q, k and v, through out and lse; mass is a statistic without gradient.  Keys and values that a row
+    does not attend must still be finite: a backend may read the tile they share with others.
     Cost: 4 * headdim flops for every kept pair and head (tiles that keep nothing are skipped); memory O(qlen + klen).
 
     Example:

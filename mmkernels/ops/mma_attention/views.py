@@ -163,7 +163,7 @@ def _paint(mask: "MMAMask", path: str, row: int, share: Tensor) -> None:
     figure = Figure(figsize=(5, 5), layout="constrained")
     axes: Any = figure.add_subplot()
     axes.imshow(
-        share,
+        share.numpy(),
         cmap="Greens",
         vmin=0,
         vmax=1,
