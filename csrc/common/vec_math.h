@@ -84,12 +84,26 @@ MMK_INLINE Vec<double> log1p_unit(Vec<double> t) {
   return by_lane(t, [](double value) { return __builtin_log1p(value); });
 }
 
+// a / b for 1 <= b <= 2.
+template <class T>
+MMK_INLINE Vec<T> over_1_to_2(Vec<T> a, Vec<T> b) {
+  return a / b;
+}
+#if defined(__AVX512F__)
+// A division of 16 floats takes as long as ten products.  A reciprocal of 14 bits, and what its quotient leaves over.
+template <>
+MMK_INLINE Vec<float> over_1_to_2(Vec<float> a, Vec<float> b) {
+  const Vec<float> reciprocal = _mm512_maskz_rcp14_ps(0xffff, b.raw), near = a * reciprocal;
+  return fma(fma(-near, b, a), reciprocal, near);
+}
+#endif
+
 // 1 / (1 + exp(-x)), from exp(-|x|) <= 1, which keeps its relative accuracy in the tails.
 template <class T>
 MMK_INLINE Vec<T> sigmoid(Vec<T> x) {
   const Vec<T> one(T(1));
   const Vec<T> e = exp(-abs(x));
-  return select<T>(x < Vec<T>(), e, one) / (one + e);
+  return over_1_to_2(select<T>(x < Vec<T>(), e, one), one + e);
 }
 
 template <class T>

@@ -96,7 +96,7 @@ MMK_INLINE void forward_rows(const CausalConv1dForward& a, const Task<T, A>& tas
 template <class T>
 void forward(const CausalConv1dForward& a) {
   using A = Arithmetic<T>;
-  const Slices slices(a.dim, 512);
+  const Slices slices(a.dim, 2048);
   const int64_t history = a.width - 1;
   const int64_t pointers = sizeof(void*) * (a.width + kRowsAtOnce);
   const int64_t bytes = Carver::lines(pointers) + 3 * 64 + sizeof(T) * slices.size * (2 * history + 1);
@@ -286,7 +286,7 @@ struct BackwardTask {
 template <class T>
 void backward(const CausalConv1dBackward& a) {
   using A = Arithmetic<T>;
-  const Slices slices(a.dim, 256);
+  const Slices slices(a.dim, 4096);
   const int64_t per_block = (a.piece_count + a.blocks - 1) / a.blocks;
   const int64_t work = slices.size * mean_tokens(a) * per_block;
   parallel_for(a.blocks * slices.count, grain_of(work), [&](int64_t first, int64_t last) {
