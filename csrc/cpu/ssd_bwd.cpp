@@ -12,11 +12,24 @@
 //
 // A task owns some heads of one group of one row.  It walks the row forward to find the state that enters each chunk,
 // as [headdim][dstate], then backward.  dB and dC are summed over its heads in cache, over tasks by ssd_sum_blocks.
+//
+// Of a row too long for the states of all its chunks, only those that enter every sqrt(chunks)-th chunk are kept on the
+// first walk; the others are found again, segment by segment.  One more product of six, memory of sqrt(seqlen).
 #include "cpu/ssd_chunk.h"
 
 namespace mmkernels::MMK_ISA_NS {
 
 namespace {
+
+inline constexpr size_t kKeptStates = size_t{64} << 20;  // bytes a task may spend on the states of all its chunks
+
+// Chunks whose states are kept at once.
+inline int64_t segment_of(int64_t chunks, size_t bytes_each) {
+  if (static_cast<size_t>(chunks) * bytes_each <= kKeptStates) return chunks < 1 ? 1 : chunks;
+  int64_t root = 1;
+  while (root * root < chunks) ++root;
+  return root;
+}
 
 template <class T>
 struct Backward {
@@ -24,7 +37,7 @@ struct Backward {
   using V = Vec<A>;
 
   const SsdBackward& a;
-  const int64_t width, most_heads, state_size;
+  const int64_t width, most_heads, state_size, segment;
   Keys<A> keys;
   Decays<A> decays;
   A *x, *stepped_x, *weighted_x;  // x, dt_j x_j, e^{s_T - s_j} dt_j x_j
@@ -37,14 +50,17 @@ struct Backward {
   A* by_row;                   // and of each row of a state
   A *grad_B, *grad_C;
   A *gradients, *turned;       // dR' of each head, as [headdim][dstate] and as [dstate][headdim]
-  A* states;                   // of each chunk and head, as [headdim][dstate]
+  A* states;                   // entering each chunk of a segment, of each head, as [headdim][dstate]
+  A* borders;                  // entering the first chunk of each segment
   bool* empty;                 // of each head: dR' is zero
   double* grad_D;              // (heads, headdim)
   double *grad_A, *grad_bias;  // (heads)
 
   Backward(Arena& arena, const SsdBackward& call)
       : a(call), width(padded<A>(a.headdim)), most_heads((a.heads / a.groups + a.head_blocks - 1) / a.head_blocks),
-        state_size(a.headdim * padded<A>(a.dstate)), keys(arena, a), decays(arena, keys.pair_row) {
+        state_size(a.headdim * padded<A>(a.dstate)),
+        segment(segment_of(a.most_chunks, static_cast<size_t>(most_heads * state_size) * sizeof(A))), keys(arena, a),
+        decays(arena, keys.pair_row) {
     const int64_t tokens = a.chunk_tokens, pairs = keys.pair_row;
     A** const by_channel[] = {&x, &stepped_x, &weighted_x, &dy, &grown_dy, &du};
     for (A** rows : by_channel) *rows = arena.take<A>(tokens * width);
@@ -62,57 +78,70 @@ struct Backward {
     grad_D = arena.take<double>(most_heads * a.headdim);
     grad_A = arena.take<double>(most_heads);
     grad_bias = arena.take<double>(most_heads);
-    states = arena.take<A>(a.most_chunks * most_heads * state_size);
+    states = arena.take<A>(segment * most_heads * state_size);
+    borders = arena.take<A>((a.most_chunks / segment + 1) * most_heads * state_size);
   }
 
-  A* state(int64_t chunk, int64_t h) const { return states + (chunk * most_heads + h) * state_size; }
+  // Of head 0; those of the other heads follow, state_size apart.
+  A* state(int64_t number) const { return states + number * most_heads * state_size; }
+  A* border(int64_t number) const { return borders + number * most_heads * state_size; }
   A* gradient(int64_t h) const { return gradients + h * state_size; }
   A* turned_gradient(int64_t h) const { return turned + h * a.dstate * width; }
 
   void run(const Unit& unit) {
     const SsdRow& row = *unit.row;
-    find_states(unit);
+    find_borders(unit);
     for (int64_t h = 0; h < unit.heads; ++h) leave(unit, h);
     clear(grad_A, unit.heads), clear(grad_bias, unit.heads);
     if (a.grad_D != nullptr) clear(grad_D, unit.heads * a.headdim);
-    for (int64_t c = row.end - 1; c >= row.begin; --c) {
-      const SsdChunk& chunk = a.chunk[c];
-      if (chunk.padding) {
-        pad(unit, chunk);
-        continue;
-      }
-      keys.template load<T>(a, chunk, row.batch, unit.group);
-      for (int64_t h = 0; h < unit.heads; ++h) {
-        if (!chunk.leaves) empty[h] = true;
-        one_head(unit, chunk, h, c - row.begin);
-      }
-      finish_keys(unit, chunk);
+    int64_t end = row.end;
+    for (int64_t number = (row.end - row.begin - 1) / segment; end > row.begin; --number) {
+      const int64_t begin = row.begin + number * segment;
+      find_states(unit, begin, end);
+      for (int64_t c = end - 1; c >= begin; --c) one_chunk(unit, a.chunk[c], c - begin);
+      end = begin;
     }
     for (int64_t h = 0; h < unit.heads; ++h) store_sums(unit, h);
   }
 
   // ---- the states, forward ----
 
-  void find_states(const Unit& unit) {
+  // The states that enter the segments, the first one's included.
+  void find_borders(const Unit& unit) {
     const SsdRow& row = *unit.row;
-    for (int64_t c = row.begin; c < row.end; ++c) {
-      const SsdChunk& chunk = a.chunk[c];
-      if (chunk.entry == SsdEntry::initial) {
-        for (int64_t h = 0; h < unit.heads; ++h) {
-          pack(state_of<A>(a, a.initial, unit.index, unit.first_head + h), a.dstate, a.headdim, a.dstate,
-               state(c - row.begin, h), keys.row);
-        }
-      }
-      if (c + 1 == row.end || a.chunk[c + 1].entry != SsdEntry::carried) continue;
-      keys.template load_B<T>(a, chunk, row.batch, unit.group);
+    if (row.begin < row.end && a.chunk[row.begin].entry == SsdEntry::initial) {
       for (int64_t h = 0; h < unit.heads; ++h) {
-        decays.compute(a, chunk, row.batch, unit.first_head + h);
-        load_weighted_x(chunk, row.batch, unit.first_head + h);
-        Product<A> update{a.headdim, a.dstate, chunk.length, weighted_x, 1, width, keys.B, keys.row,
-                          state(c + 1 - row.begin, h), keys.row};
-        if (chunk.entry != SsdEntry::zero) update.start = state(c - row.begin, h), update.scale = &decays.all;
-        multiply(update);
+        pack(state_of<A>(a, a.initial, unit.index, unit.first_head + h), a.dstate, a.headdim, a.dstate,
+             border(0) + h * state_size, keys.row);
       }
+    }
+    const int64_t last = (row.end - row.begin - 1) / segment * segment;
+    for (int64_t i = 0; i < last; ++i) {
+      A* const to = border(i / segment + 1);
+      advance(unit, row.begin + i, i % segment == 0 ? border(i / segment) : to, to);
+    }
+  }
+
+  // The states that enter the chunks [begin, end) of a segment.
+  void find_states(const Unit& unit, int64_t begin, int64_t end) {
+    if (a.chunk[begin].entry != SsdEntry::zero) {
+      const A* from = border((begin - unit.row->begin) / segment);
+      for (int64_t i = 0; i < unit.heads * state_size; i += V::size) V::load(from + i).store(state(0) + i);
+    }
+    for (int64_t c = begin; c + 1 < end; ++c) advance(unit, c, state(c - begin), state(c + 1 - begin));
+  }
+
+  // From the states that enter chunk c to those that enter the next, if it takes any.  `to` may be `from`.
+  void advance(const Unit& unit, int64_t c, const A* from, A* to) {
+    const SsdChunk& chunk = a.chunk[c];
+    if (a.chunk[c + 1].entry != SsdEntry::carried) return;
+    keys.template load_B<T>(a, chunk, unit.row->batch, unit.group);
+    for (int64_t h = 0; h < unit.heads; ++h, from += state_size, to += state_size) {
+      decays.compute(a, chunk, unit.row->batch, unit.first_head + h);
+      load_weighted_x(chunk, unit.row->batch, unit.first_head + h);
+      Product<A> update{a.headdim, a.dstate, chunk.length, weighted_x, 1, width, keys.B, keys.row, to, keys.row};
+      if (chunk.entry != SsdEntry::zero) update.start = from, update.scale = &decays.all;
+      multiply(update);
     }
   }
 
@@ -157,7 +186,18 @@ struct Backward {
     for (int64_t i = 0; i < count; ++i) to[i] = from[i];
   }
 
-  void one_head(const Unit& unit, const SsdChunk& chunk, int64_t h, int64_t number) {
+  void one_chunk(const Unit& unit, const SsdChunk& chunk, int64_t number) {
+    if (chunk.padding) return pad(unit, chunk);
+    keys.template load<T>(a, chunk, unit.row->batch, unit.group);
+    for (int64_t h = 0; h < unit.heads; ++h) {
+      if (!chunk.leaves) empty[h] = true;
+      one_head(unit, chunk, h, state(number) + h * state_size);
+    }
+    finish_keys(unit, chunk);
+  }
+
+  // `entering`: the state that enters, if any does.
+  void one_head(const Unit& unit, const SsdChunk& chunk, int64_t h, const A* entering) {
     const int64_t head = unit.first_head + h, tokens = chunk.length, batch = unit.row->batch;
     const bool enters = chunk.entry != SsdEntry::zero, leaves = !empty[h];
     decays.compute(a, chunk, batch, head);
@@ -167,8 +207,8 @@ struct Backward {
     input_gradient(tokens, h, leaves);
     sum_rows<A>(tokens, x_du, [&](int64_t t) { return row_product(x + t * width, du + t * width, a.headdim); });
     store_grad_x(chunk, batch, head, h);
-    key_gradients(tokens, h, number, enters, leaves);
-    const double across = enters && leaves ? sum_product(state(number, h), gradient(h)) * static_cast<double>(decays.all) : 0.0;
+    key_gradients(tokens, h, entering, enters, leaves);
+    const double across = enters && leaves ? sum_product(entering, gradient(h)) * static_cast<double>(decays.all) : 0.0;
     step_gradient(chunk, batch, head, h, enters, leaves, across);
     if (enters) pass_gradient(unit, chunk, h, leaves);
     empty[h] = !enters;
@@ -279,7 +319,7 @@ struct Backward {
   }
 
   // What the states contribute to dB and dC, and r.
-  void key_gradients(int64_t tokens, int64_t h, int64_t number, bool enters, bool leaves) {
+  void key_gradients(int64_t tokens, int64_t h, const A* entering, bool enters, bool leaves) {
     const int64_t count = tokens * keys.row;
     if (leaves) {
       Product<A> p{tokens, a.dstate, a.headdim, weighted_x, width, 1, gradient(h), keys.row, grad_B, keys.row};
@@ -292,7 +332,7 @@ struct Backward {
       if (h == 0) clear(grad_C, count);
       return;
     }
-    multiply(Product<A>{tokens, a.dstate, a.headdim, grown_dy, width, 1, state(number, h), keys.row, from_state, keys.row});
+    multiply(Product<A>{tokens, a.dstate, a.headdim, grown_dy, width, 1, entering, keys.row, from_state, keys.row});
     sum_rows<A>(tokens, r, [&](int64_t t) { return row_product(from_state + t * keys.row, keys.C + t * keys.row, a.dstate); });
     for (int64_t i = 0; i < count; i += V::size) {
       const V value = V::load(from_state + i);

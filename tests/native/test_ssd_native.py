@@ -2,6 +2,8 @@
 
 import itertools
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -68,6 +70,51 @@ def test_error_bar(isa, dtype):
     for seqlen, nheads, headdim, dstate, ngroups in ((19, 2, 3, 5, 1), (70, 6, 17, 33, 2), (66, 5, 72, 8, 1)):
         args = inputs(dtype, 1, seqlen, nheads, headdim, dstate, ngroups, states=1, **MIXER)
         assert_like_torch(args, f"{seqlen} {headdim} {dstate}", dtype)
+
+
+def segmented_inputs(**options):
+    # A task has the 8 heads of a row.  Their states, 128 x 512, are 2 MiB a chunk, and 34 chunks of them exceed what
+    # the backward keeps (64 MiB): it goes through the row in segments of 6.
+    return inputs(F32, 4, 2150, 8, 128, 512, 1, softplus=True, skip="head", **options)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "options", [{"states": 4, "return_final_states": True}, {"reverse": True}], ids=["states", "reverse"]
+)
+def test_a_row_too_long_for_all_its_states(options):
+    args = segmented_inputs(**options)
+    truth, peer, got = run(args, "torch", F64), run(args, "torch"), run(args, "native")
+    for name, value in got.items():
+        assert_within(name, value, truth[name], peer[name], dtype=F32, terms=4)
+
+
+@pytest.mark.slow
+def test_segments_and_sequence_ids():
+    ids = torch.arange(2150, dtype=torch.int32).div(900, rounding_mode="floor").expand(4, -1).clone()
+    ids[:, 1300:1360] = -1  # a run of padding inside
+    args = {**segmented_inputs(), "seq_idx": ids}
+    truth, peer, got = run(args, "torch", F64), run(args, "torch"), run(args, "native")
+    for name, value in got.items():
+        assert_within(name, value, truth[name], peer[name], dtype=F32, terms=4)
+
+
+@pytest.mark.slow
+def test_memory_of_the_backward_grows_with_the_root_of_the_length():
+    # 4096 chunks of one head of 64 x 128: 128 MiB of states, of which two times 64 chunks are kept.
+    script = (
+        "import resource, torch, mmkernels; torch.set_num_threads(1)\n"
+        "made = lambda *shape: torch.randn(shape, requires_grad=True)\n"
+        "tokens = 4096 * 64; grad = torch.ones(1, tokens, 1, 64); A = (-torch.ones(1)).requires_grad_()\n"
+        "args = [made(1, tokens, 1, 64), made(1, tokens, 1), A, made(1, tokens, 1, 128), made(1, tokens, 1, 128)]\n"
+        "y = mmkernels.ssd_scan(*args, dt_softplus=True); y.detach()\n"
+        "outputs = sum(a.numel() * 4 for a in args) / 2**20\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024\n"
+        "y.backward(grad)\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 - before - outputs)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert float(done.stdout) < 64, f"{done.stdout.strip()} MiB beyond the gradients"
 
 
 def test_every_length(isa):
