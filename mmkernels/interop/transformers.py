@@ -1,14 +1,16 @@
-"""Every seam to transformers: the version floor, `generate` for recurrent models, token counts, padding masks.
+"""Every seam to transformers: version floor, `generate` for recurrent models, token counts, masks, attention functions.
 
 Checked against transformers 5.22 and 5.23.  Any branch on its version belongs in this file and nowhere else.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import transformers
-from transformers import GenerationMixin
+from transformers import AttentionInterface, AttentionMaskInterface, GenerationMixin
 from transformers.cache_utils import Cache, CacheLayerMixin, LinearAttentionCacheLayerMixin
+from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, sdpa_mask
 
 from mmkernels.errors import BackendError, ConfigError, ShapeError
 
@@ -108,3 +110,100 @@ class RecurrentGenerationMixin(GenerationMixin):
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *rest, **kwargs)  # type: ignore[misc]
         if "cache_params" in model_kwargs:
             model_kwargs["past_key_values"] = model_kwargs.pop("cache_params")
+
+
+def register_attention(name: str, attention: Callable[..., Any], mask: Callable[..., Any]) -> None:
+    """Make `attn_implementation=name` known: its attention function and its mask function, never one without the other.
+
+    A model whose implementation has no mask function is given no mask at all, and padding is lost without a warning.
+    """
+    AttentionMaskInterface.register(name, mask)
+    AttentionInterface.register(name, attention)
+
+
+# Rows of a boolean mask that are made at a time when its intervals are read off.
+_MASK_ROWS = 256
+_NO_INTERVAL = (
+    "mmkernels_mma: the model's mask must keep one interval of keys in every row; it keeps several. Open rectangles "
+    "with make_modality_mutual instead of or_mask_function."
+)
+
+
+def mask_shape(mask_function: Callable[..., Any]) -> str | None:
+    """Say "causal" or "full" for the two mask functions whose rows need not be looked at, else None."""
+    return {causal_mask_function: "causal", bidirectional_mask_function: "full"}.get(mask_function)
+
+
+def row_intervals(
+    batch_size: int, q_length: int, kv_length: int, q_offset: int, device: torch.device, **options: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """First key and one past the last key of every row of a mask transformers describes by a function of indices.
+
+    Sliding windows, chunks, packed sequences and blocks are such masks.  Evaluated a few rows at a time.
+
+    Args:
+        **options: kv_offset, mask_function, attention_mask and use_vmap as a mask function gets them.
+
+    Raises:
+        ConfigError: some row keeps keys that are not one interval.
+    """
+    starts, ends = [], []
+    for row in range(0, q_length, _MASK_ROWS):
+        count = min(_MASK_ROWS, q_length - row)
+        keep = sdpa_mask(
+            batch_size, count, kv_length, q_offset + row, allow_is_causal_skip=False, device=device, **options
+        )
+        assert keep is not None
+        kept = keep[:, 0]
+        start = kept.int().argmax(-1)
+        end = torch.where(kept.any(-1), kv_length - kept.flip(-1).int().argmax(-1), start)
+        interval = ((end - start) == kept.sum(-1)).all()
+        if torch.compiler.is_compiling():
+            torch._assert_async(interval, _NO_INTERVAL)
+        elif not bool(interval):
+            raise ConfigError(_NO_INTERVAL)
+        starts.append(start)
+        ends.append(end)
+    if not starts:
+        return tuple(torch.zeros(batch_size, 0, dtype=torch.int32, device=device) for _ in range(2))  # type: ignore[return-value]
+    return torch.cat(starts, 1).int(), torch.cat(ends, 1).int()
+
+
+def attention_implementation(model: Any) -> str:
+    """The name of the attention function a model's decoder uses."""
+    return str(model.config.get_text_config()._attn_implementation)
+
+
+def packed_boundaries(position_ids: torch.Tensor | None) -> torch.Tensor | None:
+    """cu_seqlens of documents packed in one row, told by positions that start again; None when nothing is packed.
+
+    Raises:
+        ConfigError: several rows, some of them packed.
+    """
+    if position_ids is None or position_ids.ndim != 2 or position_ids.shape[1] == 0:
+        return None
+    breaks = position_ids.diff(dim=1) != 1
+    if not bool(breaks.any()):
+        return None
+    if position_ids.shape[0] != 1:
+        raise ConfigError(
+            f"mmkernels_mma: packed documents must be in a batch of 1; got batch={position_ids.shape[0]} with "
+            "position_ids that start again. Concatenate the rows."
+        )
+    edges = breaks[0].nonzero()[:, 0] + 1
+    ends = edges.new_tensor([position_ids.shape[1]])
+    return torch.cat([ends * 0, edges, ends]).int()
+
+
+def prefill_chunk_size(model: Any, generation_config: Any, given: dict[str, Any]) -> int | None:
+    """What `generate` will use: the keyword, the configuration passed, the model's."""
+    for source in (given.get("prefill_chunk_size"), getattr(generation_config, "prefill_chunk_size", None)):
+        if source is not None:
+            return int(source)
+    size = getattr(model.generation_config, "prefill_chunk_size", None)
+    return None if size is None or generation_config is not None else int(size)
+
+
+def cached_tokens(cache: Cache | None) -> int:
+    """Tokens a cache has seen."""
+    return 0 if cache is None else int(cache.get_seq_length())

@@ -236,7 +236,7 @@ def mma_mask(
     if spans is None:
         rects = torch.zeros(0, 5, dtype=torch.int32, device=device)
         return MMAMask(row_start.contiguous(), row_end.contiguous(), rects, klen)
-    listed = _check_spans(spans, batch, past, qlen, klen, causal and window is None)
+    listed = local_spans(spans, batch, past, qlen, klen, causal and window is None)
     if cu_seqlens is not None:
         _check_documents(listed, cu_seqlens)
     return _open(row_start, row_end, first, last, listed, past, klen, causal and window is None)
@@ -309,10 +309,10 @@ def _valid_range(attention_mask: Tensor) -> tuple[Tensor, Tensor]:
     return begin.int(), end.int()
 
 
-def _check_spans(
+def local_spans(
     spans: Spans, batch: int, past: int, qlen: int, klen: int, plain_causal: bool
 ) -> list[tuple[int, int, int, int, int]]:
-    """The spans that open something for rows of this call, q in local rows, sorted by batch row."""
+    """Check spans; return those that open something for rows of this call, q in local rows, sorted by batch row."""
     rows = spans.tolist() if isinstance(spans, Tensor) else [list(span) for span in spans]
     kept = []
     for n, span in enumerate(rows):

@@ -254,3 +254,26 @@ def _spans_within(
 
 def _clip(runs: list[Run], a: int, z: int) -> list[Run]:
     return [(max(s, a), min(e, z)) for s, e in runs if max(s, a) < min(e, z)]
+
+
+def ends_in_an_image(input_ids: Tensor, kind: Tensor, prompt_end_token_id: int | Sequence[int]) -> bool:
+    """Whether some row's last image is followed by no end of a prompt: its question is still to come, if there is one.
+
+    Args:
+        input_ids: (batch, seqlen).
+        kind: (batch, seqlen), not 0 where a token belongs to an image.
+        prompt_end_token_id: as for `build_mutual_spans`.
+    """
+    position = torch.arange(1, input_ids.shape[1] + 1, device=input_ids.device)
+    last_image = (position * (kind != 0)).amax(1)
+    return bool((last_image > (position * starts_of(input_ids, prompt_end_token_id)).amax(1)).any())
+
+
+def starts_of(input_ids: Tensor, tag: int | Sequence[int]) -> Tensor:
+    """(batch, seqlen) bool: where the token, or the tokens in a row, start."""
+    tokens = [tag] if isinstance(tag, int) else list(tag)
+    found = torch.ones_like(input_ids, dtype=torch.bool)
+    for n, token in enumerate(tokens):
+        shifted = torch.nn.functional.pad(input_ids[:, n:], (0, n), value=-1)
+        found &= shifted == token
+    return found
