@@ -12,6 +12,19 @@ from mmkernels.ops.mma_attention.mask import MMAMask, mma_mask
 
 _HERE = "mmkernels.ops.mma_attention"
 
+
+def _upstream_declines(q: torch.Tensor, mass_weights: torch.Tensor | None, **_: object) -> list[str]:
+    # What flash-attn does not do.
+    reasons = []
+    if q.dtype not in (torch.float16, torch.bfloat16):
+        reasons.append(f"flash-attn takes float16 and bfloat16; q is {q.dtype}")
+    if q.shape[3] > 256 or q.shape[3] % 8:
+        reasons.append(f"flash-attn takes head dimensions up to 256 in steps of 8; headdim is {q.shape[3]}")
+    if mass_weights is not None:
+        reasons.append("flash-attn returns no attention mass")
+    return reasons
+
+
 MMA_ATTENTION = Op(
     "mma_attention",
     key="q",
@@ -19,6 +32,7 @@ MMA_ATTENTION = Op(
     backends=[
         Backend("torch", f"{_HERE}._torch:mma_attention"),
         Backend("reference", f"{_HERE}.reference:mma_attention"),
+        Backend("upstream", f"{_HERE}._upstream:mma_attention", ("cuda",), declines=_upstream_declines),
     ],
 )
 
