@@ -167,12 +167,12 @@ class _Merged(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        dout, dlse = cotangents
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        dout, dlse = grads
         if dlse is not None:
             raise BackendError(
-                "mma_attention: backend 'upstream' has no gradient through lse: flash-attn's backward takes none. Leave "
-                "lse out of the loss, or use another backend."
+                "mma_attention: backend 'upstream' has no gradient through lse: flash-attn's backward takes none. "
+                "Leave lse out of the loss, or use another backend."
             )
         if dout is None:
             return (None,) * 5
