@@ -48,3 +48,8 @@ def compiler_path() -> str | None:
 def compiler_override() -> str | None:
     """The C++ compiler named by CXX, if any."""
     return os.environ.get("CXX") or None
+
+
+def child_environment(**changes: str) -> dict[str, str]:
+    """The environment of a child process: this one's, with some variables set."""
+    return {**os.environ, **changes}

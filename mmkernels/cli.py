@@ -1,4 +1,4 @@
-"""The `mmkernels` command: info, demo, generate, distill, convert.  Plain argparse, heavy imports only when needed."""
+"""The `mmkernels` command: info, demo, generate, distill, convert, bench.  Plain argparse, heavy imports on demand."""
 
 import argparse
 import contextlib
@@ -24,6 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     from mmkernels import __version__
+    from mmkernels.bench import command
 
     parser = argparse.ArgumentParser(prog="mmkernels", description="Make multimodal LLMs cheap, and measure it.")
     parser.add_argument("--version", action="version", version=f"mmkernels {__version__}")
@@ -73,6 +74,10 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("--stage", type=int, default=3, help="with --to training: whose tensors are written")
     convert.add_argument("--overwrite", action="store_true", help="replace an existing destination")
     convert.set_defaults(run=_convert)
+
+    bench = commands.add_parser("bench", help="race the ops against what else runs on this machine, and draw it")
+    command.add_arguments(bench)
+    bench.set_defaults(run=command.bench)
     return parser
 
 

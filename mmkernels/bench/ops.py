@@ -1,0 +1,186 @@
+"""The ops that are raced: inputs, truth, useful work, and who takes part."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from mmkernels.bench import problems, shapes
+from mmkernels.bench.peers import compiled, ggml, mamba_ssm_ref, ours, plain_torch, torchmamba, transformers_cpu
+from mmkernels.bench.problems import Contestant, Prepared, Problem
+from mmkernels.bench.shapes import Cell
+from mmkernels.errors import ConfigError, nearest
+
+OURS = "mmkernels"
+_NO_GRADIENTS = "has no backward"
+_FORWARD_ONLY = "raced forward only"
+
+
+@dataclasses.dataclass(frozen=True)
+class OpRace:
+    """One op.
+
+    Attributes:
+        build: inputs of a cell.
+        truth: the float64 formula of those inputs.
+        contestants: in the order of the table; the first is this package.
+        baseline: the contestant that ratios are quoted against first: what a user has without this package.
+        limits: of the machine, raced along (names of `mmkernels.bench.limits.WORK`).
+        flops: useful floating-point operations of a call, where arithmetic is the limit.
+        bytes: bytes a call must move, where memory is.
+        shapes: the layers it is defined for.
+    """
+
+    build: Callable[[Cell], Problem]
+    truth: Callable[[dict[str, Any]], Tensor]
+    contestants: tuple[Contestant, ...]
+    baseline: str
+    limits: tuple[str, ...]
+    flops: Callable[[Cell], float] | None = None
+    bytes: Callable[[Cell], float] | None = None
+    shapes: tuple[str, ...] = tuple(shapes.SHAPES)
+
+    def contestant(self, name: str) -> Contestant:
+        """The contestant of that name."""
+        found = {c.name: c for c in self.contestants}
+        if name not in found:
+            raise ConfigError(f"bench: a contestant must be known; got {name!r}. {nearest(name, found)}")
+        return found[name]
+
+
+def _transformers(prepare: Callable[..., Prepared], chunk: int, tuned: bool = False) -> Contestant:
+    return Contestant(
+        f"transformers, chunk {chunk}{', tuned malloc' if tuned else ''}",
+        functools.partial(prepare, chunk=chunk),
+        tuned_malloc=tuned,
+        backward=_FORWARD_ONLY if tuned else None,
+    )
+
+
+SCAN = OpRace(
+    problems.scan_problem,
+    problems.scan_truth,
+    (
+        Contestant(OURS, ours.scan),
+        Contestant("mmkernels, torch backend", functools.partial(ours.scan, backend="torch")),
+        Contestant("ggml_ssm_scan", ggml.scan, dtypes=("float32",), backward=_NO_GRADIENTS),
+        Contestant("torch.compile, chunk 64", functools.partial(compiled.scan, chunk=64)),
+        Contestant("torch.compile, chunk 128", functools.partial(compiled.scan, chunk=128), backward=_FORWARD_ONLY),
+        Contestant("ssd_chunk_scan_combined_ref", mamba_ssm_ref.combined),
+        Contestant("ssd_minimal_discrete", mamba_ssm_ref.minimal),
+        Contestant("torchmamba", torchmamba.scan),
+        _transformers(transformers_cpu.scan, 64),
+        _transformers(transformers_cpu.scan, 64, tuned=True),
+        _transformers(transformers_cpu.scan, 256),
+        _transformers(transformers_cpu.scan, 256, tuned=True),
+        Contestant("selective_scan_ref", mamba_ssm_ref.selective, most_tokens=24 * 512, backward=_FORWARD_ONLY),
+    ),
+    baseline="transformers, chunk 256",
+    limits=("gemm", "read"),
+    flops=shapes.scan_flops,
+)
+CONV = OpRace(
+    problems.conv_problem,
+    problems.conv_truth,
+    (
+        Contestant(OURS, ours.conv),
+        Contestant("mmkernels, torch backend", functools.partial(ours.conv, backend="torch")),
+        Contestant("ggml_ssm_conv", ggml.conv, dtypes=("float32",), backward=_NO_GRADIENTS),
+        Contestant("transformers", transformers_cpu.conv),
+        Contestant("transformers, tuned malloc", transformers_cpu.conv, tuned_malloc=True, backward=_FORWARD_ONLY),
+    ),
+    baseline="transformers",
+    limits=("copy", "read"),
+    bytes=shapes.conv_bytes,
+)
+NORM = OpRace(
+    problems.norm_problem,
+    problems.norm_truth,
+    (
+        Contestant(OURS, ours.norm),
+        Contestant("mmkernels, torch backend", functools.partial(ours.norm, backend="torch")),
+        Contestant("F.rms_norm and silu", plain_torch.norm),
+        Contestant("transformers", transformers_cpu.norm),
+        Contestant("transformers, tuned malloc", transformers_cpu.norm, tuned_malloc=True, backward=_FORWARD_ONLY),
+    ),
+    baseline="transformers",
+    limits=("copy", "read"),
+    bytes=shapes.norm_bytes,
+)
+UPDATE = OpRace(
+    problems.update_problem,
+    problems.update_truth,
+    (
+        Contestant(OURS, ours.update, backward=_FORWARD_ONLY),
+        Contestant("mmkernels, torch backend", functools.partial(ours.update, backend="torch"), backward=_FORWARD_ONLY),
+        Contestant("ggml_ssm_scan", ggml.update, dtypes=("float32",), backward=_NO_GRADIENTS),
+        Contestant("transformers", transformers_cpu.update, backward=_FORWARD_ONLY),
+    ),
+    baseline="transformers",
+    limits=("copy", "read"),
+    bytes=shapes.update_bytes,
+)
+CONV_UPDATE = OpRace(
+    problems.conv_update_problem,
+    problems.conv_update_truth,
+    (
+        Contestant(OURS, ours.conv_update, backward=_FORWARD_ONLY),
+        Contestant(
+            "mmkernels, torch backend", functools.partial(ours.conv_update, backend="torch"), backward=_FORWARD_ONLY
+        ),
+        Contestant("transformers", transformers_cpu.conv_update, backward=_FORWARD_ONLY),
+    ),
+    baseline="transformers",
+    limits=("read",),
+    bytes=shapes.conv_update_bytes,
+)
+MIXER = OpRace(
+    problems.mixer_problem,
+    problems.mixer_truth,
+    (
+        Contestant(OURS, ours.mixer, backward=_FORWARD_ONLY),
+        Contestant(
+            "transformers, chunk 64", functools.partial(transformers_cpu.mixer, chunk=64), backward=_FORWARD_ONLY
+        ),
+        Contestant(
+            "transformers, chunk 256", functools.partial(transformers_cpu.mixer, chunk=256), backward=_FORWARD_ONLY
+        ),
+        Contestant(
+            "transformers, chunk 256, tuned malloc",
+            functools.partial(transformers_cpu.mixer, chunk=256),
+            backward=_FORWARD_ONLY,
+            tuned_malloc=True,
+        ),
+    ),
+    baseline="transformers, chunk 256",
+    limits=("gemm", "copy"),
+    flops=shapes.scan_flops,
+    shapes=("130m", "1.3b", "2.7b"),
+)
+
+OPS = {
+    "ssd_scan": SCAN,
+    "causal_conv1d": CONV,
+    "gated_rms_norm": NORM,
+    "ssd_update": UPDATE,
+    "causal_conv1d_update": CONV_UPDATE,
+    "mixer": MIXER,
+}
+
+
+def prepare(cell: Cell, contestant: Contestant, *, checked: bool = True) -> tuple[Prepared, float | None]:
+    """A contestant at the start line of a cell, and its error on the cell's tiny relative.
+
+    Raises:
+        Unavailable: it cannot run here or this, or it is wrong.
+    """
+    race = OPS[cell.op]
+    objection = contestant.objection(cell)
+    if objection:
+        raise problems.Unavailable(objection)
+    error = problems.require_right(cell, contestant.prepare, race.build, race.truth) if checked else None
+    problem = race.build(cell)
+    prepared = contestant.prepare(problem)
+    return (problems.backward_run(problem, prepared) if cell.backward else prepared), error
