@@ -172,21 +172,9 @@ def _forward(
     made = next(iter(padding.values()), None) if isinstance(padding, dict) else padding
     if isinstance(made, PreparedMask):  # generate made it already, for a static cache; here it is made again
         padding = given["attention_mask"] = made.padding
-    spans = given.pop("mma_spans", None)
+    spans, open_ended = given.pop("mma_spans", None), False
     if spans is None and settings.can_tell(ids, types):
-        tokens = ids if ids is not None else given.get("inputs_embeds")
-        width = tokens.shape[1] if tokens is not None else 0
-        types, context = (
-            _own_part(n, t, past, width) for n, t in (("mm_token_type_ids", types), ("context_mask", context))
-        )
-        valid = padding[:, past : past + width] if isinstance(padding, Tensor) and padding.ndim == 2 else None
-        bounds = packed_boundaries(given.get("position_ids")) if padding is None and cache is None else None
-        spans = _spans(settings, ids, types, context, valid, given.get("labels"), bounds)
-        spans = spans + torch.tensor([0, past, past, past, past], dtype=torch.int32, device=spans.device)
-        _check_waiting(settings, ids, types, cache, width)
-        now_waiting = _ends_open(settings, ids, types)
-    else:
-        now_waiting = False
+        spans, open_ended = _find(settings, given, types, context, past, padding)
     if spans is not None and len(spans):
         given["mma_spans"] = _local(model, spans, given, past, padding)
     before = calls.with_spans
@@ -197,9 +185,35 @@ def _forward(
             "spans did not arrive. This architecture is not supported."
         )
     kept = cache if cache is not None else getattr(outputs, "past_key_values", None)
-    if now_waiting and kept is not None:
+    if open_ended and kept is not None:
         _waiting.add(kept)
     return outputs
+
+
+def _find(
+    settings: MutualSettings,
+    given: dict[str, Any],
+    types: Tensor | None,
+    context: Tensor | None,
+    past: int,
+    padding: Any,
+) -> tuple[Tensor | None, bool]:
+    """Spans of a call in absolute positions, and whether its last image still waits for the end of its prompt."""
+    ids, cache = given.get("input_ids"), given.get("past_key_values")
+    tokens: Tensor = ids if ids is not None else given["inputs_embeds"]
+    width = tokens.shape[1]
+    types = _own_part("mm_token_type_ids", types, past, width)
+    _check_waiting(settings, ids, cache)
+    images = types if types is not None else torch.eq(tokens, settings.image_token_id or 0)
+    if settings.policy == "none" or not bool((images != 0).any()):
+        return None, False
+    context = _own_part("context_mask", context, past, width)
+    valid = padding[:, past : past + width] if isinstance(padding, Tensor) and padding.ndim == 2 else None
+    bounds = packed_boundaries(given.get("position_ids")) if padding is None and cache is None else None
+    spans = _spans(settings, ids, types, context, valid, given.get("labels"), bounds)
+    tag = settings.prompt_end_token_id
+    waits = ids is not None and tag is not None and ends_in_an_image(ids, images, tag)
+    return spans + torch.tensor([0, past, past, past, past], dtype=torch.int32, device=spans.device), waits
 
 
 def _spans(
@@ -260,26 +274,14 @@ def _local(model: Any, spans: Tensor, given: dict[str, Any], past: int, padding:
     return torch.tensor(rows, dtype=torch.int32).reshape(-1, 5).to(tokens.device)
 
 
-def _kind(settings: MutualSettings, ids: Tensor, types: Tensor | None) -> Tensor:
-    return (
-        types
-        if types is not None
-        else torch.eq(ids, -1 if settings.image_token_id is None else settings.image_token_id)
-    )
-
-
-def _ends_open(settings: MutualSettings, ids: Tensor | None, types: Tensor | None) -> bool:
-    if ids is None or settings.prompt_end_token_id is None or settings.policy == "none" or ids.shape[1] == 0:
-        return False
-    return ends_in_an_image(ids, _kind(settings, ids, types), settings.prompt_end_token_id)
-
-
-def _check_waiting(settings: MutualSettings, ids: Tensor | None, types: Tensor | None, cache: Any, width: int) -> None:
-    # One token at a time is generation: a prompt end that the model itself says opens nothing.
-    if cache is None or cache not in _waiting or ids is None or settings.prompt_end_token_id is None or width < 2:
+def _check_waiting(settings: MutualSettings, ids: Tensor | None, cache: Any) -> None:
+    if cache is None or cache not in _waiting or ids is None or settings.prompt_end_token_id is None:
         return
-    if bool(starts_of(ids, settings.prompt_end_token_id).any()):
+    if not bool(starts_of(ids, settings.prompt_end_token_id).any()):
+        return
+    if ids.shape[1] > 1:
         raise ConfigError(
             "forward: an image and its question must come in one call; got the end of a prompt whose image is in the "
             "cache already, where it could not read the question. Prefill them together."
         )
+    _waiting.discard(cache)  # one token at a time is generation: a prompt end that the model itself says opens nothing

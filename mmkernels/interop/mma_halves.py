@@ -143,8 +143,9 @@ def attention(
 
 
 def _with_spans(mask: MMAMask, spans: Tensor, kv_offset: int) -> MMAMask:
-    shift = torch.tensor([0, 0, 0, kv_offset, kv_offset], dtype=torch.int32, device=spans.device)
-    return MMAMask(mask.row_start, mask.row_end, torch.cat([mask.rects, spans - shift]), mask.klen)
+    if kv_offset:
+        spans = spans - torch.tensor([0, 0, 0, kv_offset, kv_offset], dtype=torch.int32, device=spans.device)
+    return MMAMask(mask.row_start, mask.row_end, spans, mask.klen)
 
 
 register_attention(NAME, attention, prepare_mask)

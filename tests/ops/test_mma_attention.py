@@ -1,5 +1,7 @@
 """What is special to mma_attention: torch's attention, split sequences, memory, mass, rows without keys, errors."""
 
+from unittest import mock
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -43,6 +45,18 @@ def problems(draw):
 @PROPERTY
 @given(args=problems())
 def test_equals_the_reference_on_any_mask(backend, args):
+    equals_the_reference(backend, args)
+
+
+@PROPERTY
+@given(args=problems())
+def test_torch_backend_by_tiny_blocks_equals_the_reference(args):
+    # As long sequences are cut: several blocks of rows, gaps between live keys, few heads at a time.
+    with mock.patch.multiple(_torch, _BLOCK=4, _SMALL=0, _SCORES=32):
+        equals_the_reference("torch", args)
+
+
+def equals_the_reference(backend, args):
     args = {k: v.requires_grad_() if k in "qkv" else v for k, v in args.items()}
     outcomes = []
     for name in (backend, "reference"):

@@ -18,6 +18,8 @@ from mmkernels.ops.mma_attention.views import tiles
 # A block of scores is at most this many elements (16 MiB of float32): it should not leave a third-level cache.
 _SCORES = 1 << 22
 _BLOCK = 128
+# Below this many scores a head, finding the live tiles costs more than computing the dead ones (one token decoded).
+_SMALL = 1 << 14
 # Rows of a batch share a block's keys unless that costs a third more than taking each row's own.
 _SHARED = 0.75
 
@@ -117,6 +119,9 @@ class _Item:
 
 def _plan(mask: tuple[Tensor, Tensor, Tensor], klen: int) -> list[_Item]:
     """The blocks with anything to do, from live tiles; one synchronisation on a GPU."""
+    if mask[0].shape[1] <= _BLOCK and mask[0].shape[1] * klen <= _SMALL:
+        everything = _Item(slice(0, mask[0].shape[0]), 0, mask[0].shape[1], [(0, klen)], False)
+        return [everything] if mask[0].numel() * klen else []
     described = MMAMask(*mask, klen)
     live, full = (t.cpu() for t in tiles(described, _BLOCK, _BLOCK))
     batch, qlen = mask[0].shape
