@@ -37,6 +37,18 @@ STABLE_TORCH_LIBRARY(mmkernels, m) {
       "-> (Tensor grad_x, Tensor grad_dt, Tensor grad_A, Tensor grad_B, Tensor grad_C, Tensor grad_D, Tensor grad_z, "
       "Tensor grad_dt_bias, Tensor grad_initial_states)");
 
+  // Attention over an interval of keys per row, and rectangles (batch, q0, q1, k0, k1).
+  m.def(
+      "mma_attention(Tensor q, Tensor k, Tensor v, Tensor row_start, Tensor row_end, Tensor rects, "
+      "Tensor? mass_weights, float scale) -> (Tensor out, Tensor lse, Tensor mass)");
+  m.def(
+      "mma_attention_fwd(Tensor q, Tensor k, Tensor v, Tensor row_start, Tensor row_end, Tensor rects, "
+      "Tensor? mass_weights, float scale) -> (Tensor out, Tensor lse, Tensor mass)");
+  m.def(
+      "mma_attention_bwd(Tensor? grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor row_start, "
+      "Tensor row_end, Tensor rects, Tensor out, Tensor lse, float scale) "
+      "-> (Tensor grad_q, Tensor grad_k, Tensor grad_v)");
+
   // The convolution, and its step in place.
   m.def(
       "causal_conv1d(Tensor x, Tensor weight, Tensor? bias, Tensor? initial_states, Tensor? seq_idx, "

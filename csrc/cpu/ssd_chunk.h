@@ -7,6 +7,7 @@
 // matrix serves as left factor in both directions.
 #pragma once
 
+#include "common/arena.h"
 #include "common/parallel.h"
 #include "common/vec_math.h"
 #include "cpu/ssd.h"
@@ -14,17 +15,6 @@
 
 namespace mmkernels::MMK_ISA_NS {
 namespace {
-
-// Hands out pieces of scratch memory.  Run over a null base first to learn the size.
-struct Arena {
-  char* base;
-  size_t used = 0;
-  template <class A> A* take(int64_t count) {
-    A* piece = reinterpret_cast<A*>(base + used);
-    used += (static_cast<size_t>(count) * sizeof(A) + 63) / 64 * 64;
-    return base == nullptr ? nullptr : piece;
-  }
-};
 
 // A task: some heads of one group of one row.
 struct Unit {
