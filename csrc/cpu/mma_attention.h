@@ -19,8 +19,8 @@ struct AttentionRect {
   int32_t batch, q0, q1, k0, k1;
 };
 
-// What one thread does alone: of each of kv_heads heads of keys from kv_head on, query rows begin .. begin + rows of the
-// heads that share it, counted head after head; and keys first_key .. last_key.
+// What one thread does alone: of each of kv_heads heads of keys from kv_head on, query rows begin .. begin + rows of
+// the heads that share it, counted head after head; and keys first_key .. last_key.
 struct AttentionTask {
   int64_t batch, kv_head, kv_heads, begin, rows, split, first_key, last_key;
 };

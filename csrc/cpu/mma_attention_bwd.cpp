@@ -3,8 +3,8 @@
 // With g the gradient of out and e that of lse, per tile:
 //   p_ij = 2^(s_ij - lse_i),  dp_ij = g_i . v_j,  ds_ij = p_ij (dp_ij - delta_i),  delta_i = g_i . out_i - e_i
 //   dv_j += sum_i p_ij g_i,   dk_j += sum_i ds_ij q_i scale,   dq_i += sum_j ds_ij k_j scale
-// A task owns a head of keys and the query heads that share it, one after another, so that each sum has one owner and one
-// order.  The mass of keys is here too: it is a sum over queries of the same p.
+// A task owns a head of keys and the query heads that share it, one after another, so that each sum has one owner and
+// one order.  The mass of keys is here too: it is a sum over queries of the same p.
 #include "cpu/mma_attention_tile.h"
 
 namespace mmkernels::MMK_ISA_NS {
@@ -77,7 +77,9 @@ struct Backward {
     const V by(static_cast<A>(factor));
     for (int64_t r = 0; r < count; ++r) {
       T* row = static_cast<T*>(to) + ((batch * count + r) * heads + head) * a.headdim;
-      for_lanes<V>(a.headdim, [&](int64_t i, auto lanes) { (V::load(from + r * width + i) * by).store(row + i, lanes); });
+      for_lanes<V>(a.headdim, [&](int64_t i, auto lanes) {
+        (V::load(from + r * width + i) * by).store(row + i, lanes);
+      });
     }
   }
 
@@ -118,7 +120,9 @@ struct Backward {
       if (a.grad_out.data == nullptr) continue;
       pack_rows(g_row(r), 0, 1, a.headdim, g + r * width, width);
       V dot;
-      for_lanes<V>(a.headdim, [&](int64_t i, auto lanes) { dot = fma(V::load(g + r * width + i), V::load(out_row(r) + i, lanes), dot); });
+      for_lanes<V>(a.headdim, [&](int64_t i, auto lanes) {
+        dot = fma(V::load(g + r * width + i), V::load(out_row(r) + i, lanes), dot);
+      });
       delta[r] += sum(dot);
     }
   }
@@ -127,10 +131,11 @@ struct Backward {
     const auto live_scores = [&](int64_t key, int64_t some) { return mask->scores_part(key, some, a.headdim); };
     const auto live_queries = [&](int64_t key, int64_t some) { return mask->queries_part(key, some, rows->count); };
     const bool outer = a.grad_out.data != nullptr;
-    multiply_parts<A, true>(Product<A>{n, kQueryTile, a.headdim, k, width, 1, turned_q, kQueryTile, p, kQueryTile}, live_scores);
-    if (outer) {
-      multiply_parts<A, true>(Product<A>{n, kQueryTile, a.headdim, v, width, 1, turned_g, kQueryTile, ds, kQueryTile}, live_scores);
-    }
+    const auto by_keys = [&](const A* left, const A* right, A* to) {
+      multiply_parts<A, true>(scores_of(n, a.headdim, left, width, right, to), live_scores);
+    };
+    by_keys(k, turned_q, p);
+    if (outer) by_keys(v, turned_g, ds);
     for (int64_t i = 0; i < Mask<A>::kVectors; ++i) soften(i, n, outer);
     if (outer) {
       Product<A> to_v{n, a.headdim, rows->count, p, kQueryTile, 1, g, width, dv, width};
@@ -208,7 +213,8 @@ struct MassOf {
       const A of_row = static_cast<const A*>(a.weights)[rows->batch * a.qlen + rows->token[r]];
       if (of_row == A(0)) continue;
       weight[r] = of_row, counts = true;
-      shift[r] = shift_of(static_cast<const A*>(a.lse)[(rows->batch * a.heads + rows->head[r]) * a.qlen + rows->token[r]]);
+      const int64_t by_head = (rows->batch * a.heads + rows->head[r]) * a.qlen + rows->token[r];
+      shift[r] = shift_of(static_cast<const A*>(a.lse)[by_head]);
     }
     if (counts) {
       pack_transposed(rows->count, a.headdim, static_cast<A>(a.scale * kLog2E), queries, [&](int64_t r) {
@@ -222,8 +228,9 @@ struct MassOf {
     for (int64_t key = 0; key < count; key += kKeyTile) {
       const int64_t n = least(kKeyTile, count - key);
       if (!mask->open(a, *rows, block + key, n)) continue;
-      const Product<A> product{n, kQueryTile, a.headdim, keys + key * width, width, 1, queries, kQueryTile, scores, kQueryTile};
-      multiply_parts<A, true>(product, [&](int64_t from, int64_t some) { return mask->scores_part(from, some, a.headdim); });
+      multiply_parts<A, true>(
+          scores_of(n, a.headdim, keys + key * width, width, queries, scores),
+          [&](int64_t from, int64_t some) { return mask->scores_part(from, some, a.headdim); });
       for (int64_t v = 0; v < Mask<A>::kVectors; ++v) {
         if (mask->vector_lo[v] >= mask->vector_hi[v]) continue;
         mask->apply(*rows, v, scores);

@@ -1,13 +1,13 @@
 // Attention of few query rows over many keys, as in decoding: keys and values are read once, for all heads that share
-// them.  Lanes run over headdim, so that nothing needs packing; here also the joining of results over stretches of keys.
+// them.  Lanes run over headdim, so that nothing needs packing.  Here also the joining of results over stretches.
 #include "cpu/mma_attention_tile.h"
 
 namespace mmkernels::MMK_ISA_NS {
 
 namespace {
 
-// Reads 2 * V::size consecutive elements as two vectors, in an order of its own: of bf16 the even ones and the odd ones,
-// which takes no shuffle.
+// Reads 2 * Vec<A>::size consecutive elements as two vectors, in an order of its own: of bf16 the even ones and the odd
+// ones, which takes no shuffle.
 template <class A, class T>
 struct Pair {
   static constexpr bool split = false;
@@ -103,7 +103,9 @@ struct Few {
       (two.first * factor).store(to + i * V::size), (two.second * factor).store(to + (i + 1) * V::size);
     }
     const int64_t rest = pairs * V::size;
-    for_lanes<V>(a.headdim - rest, [&](int64_t i, auto lanes) { (V::load(from + rest + i, lanes) * factor).store(to + rest + i); });
+    for_lanes<V>(a.headdim - rest, [&](int64_t i, auto lanes) {
+      (V::load(from + rest + i, lanes) * factor).store(to + rest + i);
+    });
   }
 
   // Scores of R rows and the live keys.  V::size dot products at a time, whose lanes are then added together.
@@ -123,7 +125,8 @@ struct Few {
 #pragma GCC unroll 4
           for (int x = 0; x < R; ++x) {
             V& sum = sums[x * some + j];
-            sum = fma(two.second, V::load(q + x * width + (i + 1) * V::size), fma(two.first, V::load(q + x * width + i * V::size), sum));
+            sum = fma(two.first, V::load(q + x * width + i * V::size), sum);
+            sum = fma(two.second, V::load(q + x * width + (i + 1) * V::size), sum);
           }
         }
       }
@@ -174,9 +177,9 @@ struct Few {
     }
     const V decay = power_of_two(V(before) - base);
     fma(decay, V::load(total + state * V::size), sums).store(total + state * V::size);
-    if (after > before) {
-      for (int64_t i = 0; i < width; i += V::size) (V::load(out + state * width + i) * decay).store(out + state * width + i);
-    }
+    if (!(after > before)) return;
+    A* o = out + state * width;
+    for (int64_t i = 0; i < width; i += V::size) (V::load(o + i) * decay).store(o + i);
   }
 
   // out += p v for R rows: as many vectors of headdim at a time as registers hold.
@@ -253,7 +256,9 @@ struct Few {
       (Pair<A, T>::split ? interleave<false>(first, second) : second).store(to + (i + 1) * V::size);
     }
     const int64_t rest = pairs * V::size;
-    for_lanes<V>(a.headdim - rest, [&](int64_t d, auto lanes) { (V::load(from + rest + d) * share).store(to + rest + d, lanes); });
+    for_lanes<V>(a.headdim - rest, [&](int64_t d, auto lanes) {
+      (V::load(from + rest + d) * share).store(to + rest + d, lanes);
+    });
   }
 };
 
@@ -267,7 +272,10 @@ void join_row(const AttentionForward& a, int64_t row) {
   const A* parts = static_cast<const A*>(a.parts) + row * a.headdim;
   const A none = -static_cast<A>(__builtin_inf());
   A top = none, whole = 0;
-  for (int64_t s = 0; s < a.splits; ++s) top = lse[s * rows] > top || lse[s * rows] != lse[s * rows] ? lse[s * rows] : top;
+  for (int64_t s = 0; s < a.splits; ++s) {
+    const A one = lse[s * rows];
+    top = one > top || one != one ? one : top;  // keeps a NaN
+  }
   const auto weight = [&](int64_t s) {
     A lanes[V::size];
     power_of_two(V(lse[s * rows] - (top == none ? A(0) : top))).store(lanes);

@@ -1,7 +1,7 @@
 // Forward of attention over live tiles, by the online softmax (Milakov and Gimelshein 2018; Dao et al. 2022).
 //
-// A task owns some query rows of the heads that share keys, and walks the keys in blocks.  A block's tiles are packed when
-// first needed, as [key][headdim], and serve all of the task's queries.  Per tile, with s = q k^T scale log2(e):
+// A task owns some query rows of the heads that share keys, and walks the keys in blocks.  A block's tiles are packed
+// when first needed, as [key][headdim], and serve all of the task's queries.  Per tile, with s = q k^T scale log2(e):
 //   m' = max(m, max s),  p = 2^(s - m'),  l' = 2^(m - m') l + sum p,  o' = 2^(m - m') o + p v
 #include "cpu/mma_attention_tile.h"
 
@@ -71,7 +71,7 @@ struct Forward {
   }
 
   void step(int64_t n, const A* k, const A* v, A* o, A* m, A* l) {
-    multiply_parts<A, true>(Product<A>{n, kQueryTile, a.headdim, k, width, 1, queries, kQueryTile, scores, kQueryTile},
+    multiply_parts<A, true>(scores_of(n, a.headdim, k, width, queries, scores),
                             [&](int64_t key, int64_t some) { return mask->scores_part(key, some, a.headdim); });
     for (int64_t i = 0; i < Mask<A>::kVectors; ++i) {
       soften(i, m + i * V::size, l + i * V::size);
@@ -114,12 +114,14 @@ struct Forward {
     if (a.splits > 1) {
       const int64_t part = task.split * a.batch * a.heads * a.qlen + by_head;
       static_cast<A*>(a.part_lse)[part] = lse;
-      A* to = static_cast<A*>(a.parts) + part * a.headdim;
-      for_lanes<V>(a.headdim, [&](int64_t d, auto lanes) { (V::load(out + r * width + d) * share).store(to + d, lanes); });
-      return;
+      return write(r, share, static_cast<A*>(a.parts) + part * a.headdim);
     }
     static_cast<A*>(a.lse)[by_head] = lse * static_cast<A>(kLn2);
-    T* to = static_cast<T*>(a.out) + ((task.batch * a.qlen + i) * a.heads + head) * a.headdim;
+    write(r, share, static_cast<T*>(a.out) + ((task.batch * a.qlen + i) * a.heads + head) * a.headdim);
+  }
+
+  template <class To>
+  void write(int64_t r, V share, To* to) const {
     for_lanes<V>(a.headdim, [&](int64_t d, auto lanes) { (V::load(out + r * width + d) * share).store(to + d, lanes); });
   }
 };

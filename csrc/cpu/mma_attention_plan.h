@@ -33,7 +33,8 @@ struct AttentionPlan {
   int64_t most_rows = 0;
 
   // Tasks of up to chunk_rows query rows, kv_heads heads of keys and split_keys keys, for `shares` threads.
-  AttentionPlan(const Attention& a, int64_t chunk_rows, int64_t kv_heads, int64_t splits, int64_t split_keys, int64_t shares) {
+  AttentionPlan(const Attention& a, int64_t chunk_rows, int64_t kv_heads, int64_t splits, int64_t split_keys,
+                int64_t shares) {
     const std::vector<double> costs = attention_row_costs(a);
     const int64_t group_rows = a.heads / a.kv_heads * a.qlen;
     std::vector<double> cost;
@@ -46,7 +47,8 @@ struct AttentionPlan {
           for (int64_t r = begin; r < begin + rows; ++r) live += costs[static_cast<size_t>(b * a.qlen + r % a.qlen)];
           most_rows = std::max(most_rows, rows);
           for (int64_t s = 0; s < splits; ++s) {
-            const int64_t first = std::min(a.klen, s * split_keys), last = splits == 1 ? a.klen : std::min(a.klen, first + split_keys);
+            const int64_t first = std::min(a.klen, s * split_keys);
+            const int64_t last = splits == 1 ? a.klen : std::min(a.klen, first + split_keys);
             tasks.push_back({b, head, std::min(kv_heads, a.kv_heads - head), begin, rows, s, first, last});
             cost.push_back(live);
           }

@@ -30,10 +30,10 @@ template <class T> MMK_INLINE const T* at(const AttentionIn& in, int64_t batch, 
   return static_cast<const T*>(in.data) + batch * in.batch + token * in.token + head * in.head;
 }
 
-// ---- 2^x ------------------------------------------------------------------------------------------------------------
+// ---- 2^x -----------------------------------------------------------------------------------------------------------
 
-// 2^x for x <= 88, of a softmax: 0 below -100 (a share of 1e-30 changes no sum that holds a 1, and subnormal numbers are
-// slow on some processors); NaN stays NaN.  2^r = 1 + r Q(r) for |r| <= 1/2, relative error of the fit 9e-8.
+// 2^x for x <= 88, of a softmax: 0 below -100 (a share of 1e-30 changes no sum that holds a 1, and subnormal numbers
+// are slow on some processors); NaN stays NaN.  2^r = 1 + r Q(r) for |r| <= 1/2, relative error of the fit 9e-8.
 MMK_INLINE Vec<float> power_of_two(Vec<float> x) {
   using V = Vec<float>;
   const V moved = x + V(0x1.8p23f);  // the nearest integer n, in the last bits
@@ -54,7 +54,7 @@ MMK_INLINE Vec<double> power_of_two(Vec<double> x) {
 MMK_INLINE float log2_of(float x) { return __builtin_log2f(x); }
 MMK_INLINE double log2_of(double x) { return __builtin_log2(x); }
 
-// ---- tasks ----------------------------------------------------------------------------------------------------------
+// ---- tasks ---------------------------------------------------------------------------------------------------------
 
 // Runs every task of a call on a Worker(arena, call) of its thread.
 template <class Worker, class Call>
@@ -68,7 +68,7 @@ void for_tasks(const Call& a) {
   });
 }
 
-// ---- products -------------------------------------------------------------------------------------------------------
+// ---- products ------------------------------------------------------------------------------------------------------
 
 // Which part of a product a block of rows needs: k in [from, to), vectors of columns in [first, last).
 struct Part {
@@ -91,6 +91,12 @@ MMK_INLINE void panel_rows(const Product<A>& p, int64_t row, int64_t first, int6
         if constexpr (R <= 6) return panel_tile<A, depth_dense, R, 4>(p, row, first, part);
       }
   }
+}
+
+// Scores [key][query] of n keys, whose rows are `width` apart, and the turned queries [headdim][query].
+template <class A>
+MMK_INLINE Product<A> scores_of(int64_t n, int64_t headdim, const A* keys, int64_t width, const A* queries, A* scores) {
+  return {n, kQueryTile, headdim, keys, width, 1, queries, kQueryTile, scores, kQueryTile};
 }
 
 // p, of every block of rows the part that part_of(row, rows) asks for; an empty depth leaves c as it was.
@@ -121,7 +127,7 @@ void multiply_parts(const Product<A>& p, const PartOf& part_of) {
   }
 }
 
-// ---- rows of queries --------------------------------------------------------------------------------------------------
+// ---- rows of queries -----------------------------------------------------------------------------------------------
 
 // Up to kQueryTile rows of one element of the batch: the queries of the heads that share keys, head after head.
 struct Rows96 {
@@ -151,7 +157,7 @@ struct Rows96 {
   }
 };
 
-// ---- the mask -----------------------------------------------------------------------------------------------------------
+// ---- the mask ------------------------------------------------------------------------------------------------------
 
 // Which scores of a tile are live.  lo and hi of a row enclose its live keys, relative to the tile's first.
 template <class A>
@@ -178,14 +184,16 @@ struct Mask {
       const AttentionRect& rect = hits[i];
       if (!touches(rect, rows)) continue;
       live = true;
-      full = full || (rect.k0 <= first && rect.k1 >= first + n && rect.q0 <= rows.first_token && rect.q1 > rows.last_token);
+      const bool all_rows = rect.q0 <= rows.first_token && rect.q1 > rows.last_token;
+      full = full || (all_rows && rect.k0 <= first && rect.k1 >= first + n);
     }
     if (live) enclose(rows);
     return live;
   }
 
   bool touches(const AttentionRect& rect, const Rows96& rows) const {
-    return rect.k0 < first_key + keys && rect.k1 > first_key && rect.q0 <= rows.last_token && rect.q1 > rows.first_token;
+    const bool any_row = rect.q0 <= rows.last_token && rect.q1 > rows.first_token;
+    return any_row && rect.k0 < first_key + keys && rect.k1 > first_key;
   }
 
   void enclose(const Rows96& rows) {
@@ -294,7 +302,7 @@ MMK_INLINE void for_fours(int64_t lo, int64_t hi, const Work& work) {
   for (; j < hi; ++j) work(j, 0);
 }
 
-// ---- packing ------------------------------------------------------------------------------------------------------------
+// ---- packing -------------------------------------------------------------------------------------------------------
 
 // Rows of consecutive elements into rows `width` apart, padded with zeros to whole vectors.
 template <class A, class T>

@@ -69,16 +69,15 @@ struct Inputs {
     sort_rects(rects_);
   }
 
-  // By batch; the empty ones are dropped.
+  // By batch; those that are empty or of no row of the batch are dropped.
   void sort_rects(const Tensor& tensor) {
     STD_TORCH_CHECK(tensor.dim() == 2 && tensor.size(1) == 5, "mma_attention: rects must be (nrects, 5)");
     check_dtype(tensor, ScalarType::Int, "rects");
     const Tensor dense = torch::stable::contiguous(tensor);
     const int32_t* data = static_cast<const int32_t*>(dense.const_data_ptr());
     for (int64_t n = 0; n < dense.size(0); ++n, data += 5) {
-      STD_TORCH_CHECK(data[0] >= 0 && data[0] < batch, "mma_attention: rects must name rows of the batch, 0 .. ",
-                      batch - 1, "; got ", data[0]);
-      if (data[1] < data[2] && data[3] < data[4]) rects.push_back({data[0], data[1], data[2], data[3], data[4]});
+      const bool live = 0 <= data[0] && data[0] < batch && data[1] < data[2] && data[3] < data[4];
+      if (live) rects.push_back({data[0], data[1], data[2], data[3], data[4]});
     }
     const auto earlier = [](const AttentionRect& a, const AttentionRect& b) { return a.batch < b.batch; };
     std::stable_sort(rects.begin(), rects.end(), earlier);
@@ -170,7 +169,8 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& q, const Tensor& k, con
                                            double scale) {
   const Inputs in(q, k, v, row_start, row_end, rects, scale);
   Tensor out = empty(in.out_sizes(), in.storage_type), lse = empty({in.batch, in.heads, in.qlen}, in.arithmetic);
-  Tensor mass = empty(mass_weights ? std::vector<int64_t>{in.batch, in.heads, in.klen} : std::vector<int64_t>{0}, in.arithmetic);
+  const std::vector<int64_t> by_key{in.batch, in.heads, in.klen};
+  Tensor mass = empty(mass_weights ? by_key : std::vector<int64_t>{0}, in.arithmetic);
   run_forward(in, out, lse);
   if (mass_weights) run_mass(in, *mass_weights, lse, mass);
   return {out, lse, mass};
@@ -194,14 +194,16 @@ std::tuple<Tensor, Tensor, Tensor> backward(const MaybeTensor& grad_out, const M
     of_out = dense_last(*grad_out), call.grad_out = in_of(*of_out);
   }
   if (grad_lse) {
-    check_shape(*grad_lse, {in.batch, in.heads, in.qlen}, "grad_lse"), check_dtype(*grad_lse, in.arithmetic, "grad_lse");
+    check_shape(*grad_lse, {in.batch, in.heads, in.qlen}, "grad_lse");
+    check_dtype(*grad_lse, in.arithmetic, "grad_lse");
     of_lse = torch::stable::contiguous(*grad_lse), call.grad_lse = of_lse->const_data_ptr();
   }
   if (in.batch == 0 || in.heads == 0) return {grad_q, grad_k, grad_v};
   const AttentionPlan plan(call, std::max<int64_t>(1, in.group_rows()), 1, 1, in.klen, in.shares());
   plan.fill(call);
   call.out = in_of(dense_out), call.lse = dense_lse.const_data_ptr();
-  call.grad_q = grad_q.mutable_data_ptr(), call.grad_k = grad_k.mutable_data_ptr(), call.grad_v = grad_v.mutable_data_ptr();
+  call.grad_q = grad_q.mutable_data_ptr(), call.grad_k = grad_k.mutable_data_ptr();
+  call.grad_v = grad_v.mutable_data_ptr();
   mma_attention_bwd(call);
   return {grad_q, grad_k, grad_v};
 }

@@ -70,15 +70,13 @@ def _bwd_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) ->
 
 
 def _bwd_backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
-    from mmkernels.ops.mma_attention import api
-    from mmkernels.ops.mma_attention.mask import MMAMask
+    from mmkernels.ops.mma_attention import _torch
 
-    grad_out, grad_lse, q, k, v, row_start, row_end, rects = ctx.saved_tensors
-    mask = MMAMask(row_start, row_end, rects, k.shape[1])
+    grad_out, grad_lse, q, k, v, *mask = ctx.saved_tensors
 
     def recomputed(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
-        pair = api.mma_attention(q, k, v, mask, scale=ctx.scale, return_lse=True, backend="torch")
-        return pair[0], pair[1]
+        # Not the public function: its eager path looks at the mask's values, which a tracer does not have.
+        return _torch._plain(q, k, v, tuple(mask), ctx.scale)
 
     # out and lse, which the kernel reads, are functions of q, k and v: their part is in the gradients of those.
     of_grads, of_inputs = second_order(recomputed, (q, k, v), (grad_out, grad_lse), cotangents)

@@ -6,7 +6,8 @@ Softmax attention (arXiv 1706.03762, equation 1) under an MMAMask; modality-mutu
 import torch
 
 from mmkernels._checks import Sizes, floating, same_device, same_dtype
-from mmkernels._dispatch import Backend, Op
+from mmkernels._dispatch import NATIVE_PROBE, Backend, Op
+from mmkernels._gradients import untracked_transform
 from mmkernels.errors import DtypeError, ShapeError
 from mmkernels.ops.mma_attention.mask import MMAMask, mma_mask
 
@@ -30,6 +31,7 @@ MMA_ATTENTION = Op(
     key="q",
     public="mmkernels.ops.mma_attention.api.mma_attention",
     backends=[
+        Backend("native", f"{_HERE}._native:mma_attention", ("cpu",), untracked_transform, NATIVE_PROBE),
         Backend("torch", f"{_HERE}._torch:mma_attention"),
         Backend("reference", f"{_HERE}.reference:mma_attention"),
         Backend("upstream", f"{_HERE}._upstream:mma_attention", ("cuda",), declines=_upstream_declines),
