@@ -1,4 +1,4 @@
-"""Planted faults in the C++ attention: each is a change of one line, and a named check of mma_attention_alone must fail."""
+"""Planted faults in the C++ attention: each changes one line, and a named check of the driver must fail."""
 
 import re
 import shutil
@@ -11,29 +11,120 @@ from mmkernels import _build
 
 HERE = Path(__file__).resolve().parent
 ROOT = _build.source_root()
-KERNELS = ("mma_attention_fwd.cpp", "mma_attention_few.cpp", "mma_attention_bwd.cpp")
+FORWARD, FEW, BACKWARD = KERNELS = ("mma_attention_fwd.cpp", "mma_attention_few.cpp", "mma_attention_bwd.cpp")
 TILE = "mma_attention_tile.h"
 
+# Where, what is replaced, by what, and which check must say so.
 FAULTS = {
-    "none": (TILE, "", "", "ok"),
-    "mask one key too far": (TILE, "(key < to)", "~(to < key)", "out"),
-    "mask one key too late": (TILE, "~(key < from)", "(from < key)", "out"),
-    "rectangles forgotten in partial tiles": (TILE, "added[j] |= lanes", "(void)lanes", "out"),
-    "old sums not rescaled": (KERNELS[0], "sums.scale = decay, ", "", "out"),
-    "another head's keys": (KERNELS[0], "at<T>(a.k, task.batch, key, task.kv_head)", "at<T>(a.k, task.batch, key, 0)", "out"),
-    "last live key left out": (TILE, "to = most(to, hi[r])", "to = most(to, hi[r] - 1)", "out"),
-    "few: old sums not rescaled": (KERNELS[1], "(V::load(o + i) * decay)", "V::load(o + i)", "out of few"),
-    "few: mask forgotten": (KERNELS[1], "if (!sees(r, j)) s[j] = none;", "", "out of few"),
-    "few: another head's values": (KERNELS[1], "at<T>(a.v, task.batch, key, task.kv_head + h)", "at<T>(a.v, task.batch, key, task.kv_head)", "out of few"),
-    "stretches joined without shares": (KERNELS[1], "V(weight(s) * inverse)", "V(inverse)", "out of stretches"),
-    "lse in base 2": (KERNELS[0], "lse * static_cast<A>(kLn2)", "lse", "lse"),
-    "mass of rows without weight": (KERNELS[2], "weight[r] = of_row", "weight[r] = 1", "mass"),
-    "gradient without its row's mean": (KERNELS[2], "V::load(at_ds) : V()) - inner)", "V::load(at_ds) : V()) - V())", "grad_q"),
-    "gradient of lse with the wrong sign": (KERNELS[2], "delta[r] = -static_cast", "delta[r] = static_cast", "grad_q"),
-    "last live query left out": (TILE, "from = least(from, r), to = r + 1", "from = least(from, r), to = r", "grad_k"),
-    "grad_k of scaled queries": (KERNELS[2], "write(grad_k, a.klen, a.scale,", "write(grad_k, a.klen, 1,", "grad_k"),
-    "grad_v of one query head": (KERNELS[2], "      clear(grad_q, a.qlen);", "      clear(grad_q, a.qlen), clear(grad_v, a.klen);", "grad_v"),
-}  # fmt: skip
+    "none": (
+        TILE,
+        "",
+        "",
+        "ok",
+    ),
+    "mask one key too far": (
+        TILE,
+        "(key < to)",
+        "~(to < key)",
+        "out",
+    ),
+    "mask one key too late": (
+        TILE,
+        "~(key < from)",
+        "(from < key)",
+        "out",
+    ),
+    "rectangles forgotten in partial tiles": (
+        TILE,
+        "added[j] |= lanes",
+        "(void)lanes",
+        "out",
+    ),
+    "old sums not rescaled": (
+        FORWARD,
+        "sums.scale = decay, ",
+        "",
+        "out",
+    ),
+    "another head's keys": (
+        FORWARD,
+        "at<T>(a.k, task.batch, key, task.kv_head)",
+        "at<T>(a.k, task.batch, key, 0)",
+        "out",
+    ),
+    "last live key left out": (
+        TILE,
+        "to = most(to, hi[r])",
+        "to = most(to, hi[r] - 1)",
+        "out",
+    ),
+    "few: old sums not rescaled": (
+        FEW,
+        "(V::load(o + i) * decay)",
+        "V::load(o + i)",
+        "out of few",
+    ),
+    "few: mask forgotten": (
+        FEW,
+        "if (!sees(r, j)) s[j] = none;",
+        "",
+        "out of few",
+    ),
+    "few: another head's values": (
+        FEW,
+        "at<T>(a.v, task.batch, key, task.kv_head + h)",
+        "at<T>(a.v, task.batch, key, task.kv_head)",
+        "out of few",
+    ),
+    "stretches joined without shares": (
+        FEW,
+        "V(weight(s) * inverse)",
+        "V(inverse)",
+        "out of stretches",
+    ),
+    "lse in base 2": (
+        FORWARD,
+        "lse * static_cast<A>(kLn2)",
+        "lse",
+        "lse",
+    ),
+    "mass of rows without weight": (
+        BACKWARD,
+        "weight[r] = of_row",
+        "weight[r] = 1",
+        "mass",
+    ),
+    "gradient without its row's mean": (
+        BACKWARD,
+        "V::load(at_ds) : V()) - inner)",
+        "V::load(at_ds) : V()) - V())",
+        "grad_q",
+    ),
+    "gradient of lse with the wrong sign": (
+        BACKWARD,
+        "delta[r] = -static_cast",
+        "delta[r] = static_cast",
+        "grad_q",
+    ),
+    "last live query left out": (
+        TILE,
+        "from = least(from, r), to = r + 1",
+        "from = least(from, r), to = r",
+        "grad_k",
+    ),
+    "grad_k of scaled queries": (
+        BACKWARD,
+        "write(grad_k, a.klen, a.scale,",
+        "write(grad_k, a.klen, 1,",
+        "grad_k",
+    ),
+    "grad_v of one query head": (
+        BACKWARD,
+        "      clear(grad_q, a.qlen);",
+        "      clear(grad_q, a.qlen), clear(grad_v, a.klen);",
+        "grad_v",
+    ),
+}
 
 
 def _other_levels(level: str) -> str:

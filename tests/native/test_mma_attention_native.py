@@ -1,4 +1,4 @@
-"""The C++ attention: ISA levels, dtypes, tile edges, stretches of keys, threads, strides; second derivatives; opcheck."""
+"""The C++ attention: ISA levels, dtypes, tile edges, stretches, threads, strides; second derivatives; opcheck."""
 
 import math
 
@@ -46,7 +46,7 @@ def assert_like_torch(args, what, dtype):
     with poisoned_allocations():
         got = run(args, "native")
     for name, value in got.items():
-        # lse is a logarithm near 5 whose own rounding is all the error there is; in float64 the truth is as wrong as we.
+        # lse is a logarithm near 5, wrong by its own roundings alone; in float64 the truth is as wrong as the result.
         terms = 32 if dtype == F64 else 4
         assert_within(f"{name}, {what}", value, truth[name], peer[name], dtype=dtype, terms=terms, summands=summands)
 

@@ -1,7 +1,7 @@
 """Backend "native" of mma_attention: csrc/cpu/mma_attention_*.cpp; here their fake kernels and gradients.
 
-The kernels read q, k and v in their own dtype through their strides (a last dimension that is not dense is copied first)
-and compute in float32 (float64 for float64).
+The kernels read q, k and v in their own dtype through their strides (a last dimension that is not dense is copied
+first) and compute in float32 (float64 for float64).
 """
 
 from typing import Any
