@@ -54,7 +54,8 @@ def make_modality_mutual(
     settings are kept in `model.config.modality_mutual` and saved with it.
 
     Args:
-        model: any transformers decoder that uses the attention interface (Llama, Qwen2, Phi-3, SmolLM2, Mistral, ...).
+        model: any transformers decoder that uses the attention interface (Llama, Qwen2, Phi-3, SmolLM2, Mistral, ...),
+            or a model around one that passes keywords on to it (LLaVA).
         image_token_id: placeholder of an image token in input_ids; None: only calls with mm_token_type_ids have images.
         prompt_end_token_id: the token, or tokens in a row, after which the answer starts; None: the whole prompt.
         include_prompt_end: whether images read that tag too.

@@ -6,8 +6,11 @@ import inspect
 import pytest
 import torch
 from transformers import (
+    CLIPVisionConfig,
     LlamaConfig,
     LlamaForCausalLM,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
     MistralConfig,
     MistralForCausalLM,
     Phi3Config,
@@ -18,6 +21,7 @@ from transformers import (
     SiglipVisionModel,
     StaticCache,
 )
+from transformers.masking_utils import create_causal_mask
 
 from mmkernels import BackendError, ConfigError, DataError, ShapeError, build_mutual_spans, mma_mask
 from mmkernels.interop import make_modality_mutual
@@ -230,6 +234,49 @@ def test_the_name_serves_vision_towers_too():
     expected = tower(pixels).last_hidden_state
     tower.set_attn_implementation("mmkernels_mma")
     torch.testing.assert_close(tower(pixels).last_hidden_state, expected, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_llava_as_it_is():
+    vision = CLIPVisionConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, image_size=28, patch_size=14
+    )
+    options = {"image_token_index": IMAGE, "image_seq_length": 4, "vision_feature_select_strategy": "default"}
+    text = LlamaConfig(**{**SMALL, "eos_token_id": None})
+    torch.manual_seed(0)
+    config = LlavaConfig(vision_config=vision, text_config=text, **options)
+    stock = LlavaForConditionalGeneration._from_config(config, attn_implementation="eager").eval()
+    model = make_modality_mutual(copy.deepcopy(stock), image_token_id=IMAGE, prompt_end_token_id=TAG)
+    ids, pixels = torch.tensor([[1, 5, *[IMAGE] * 4, 20, 21, 22, TAG]]), torch.randn(1, 3, 28, 28)
+    for _ in range(3):
+        expected = stock(ids, pixel_values=pixels, attention_mask=dense(ids)).logits
+        torch.testing.assert_close(model(ids, pixel_values=pixels).logits, expected, rtol=1e-4, atol=1e-5)
+        ids = torch.cat([ids, expected[:, -1:].argmax(-1)], 1)
+    got = model.generate(ids[:, :10], pixel_values=pixels, max_new_tokens=3, do_sample=False)
+    assert torch.equal(got, ids)
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager", "flex_attention"])
+def test_masks_for_models_that_take_an_overlay(implementation):
+    ids = torch.tensor([PROMPT + ANSWER, [1, IMAGE, IMAGE, 7, 8, TAG, 11, 12, 13, 14, 15, 0, 0]])
+    valid = ids != 0
+    spans = build_mutual_spans(ids, image_token_id=IMAGE, prompt_end_token_id=TAG, attention_mask=valid)
+    mask = mma_mask(ids.shape[1], spans=spans, attention_mask=valid)
+    config = LlamaConfig(**SMALL, attn_implementation=implementation)
+    made = create_causal_mask(
+        config, torch.zeros(2, ids.shape[1], 4), valid, None, or_mask_function=mask.or_mask_function()
+    )
+    if implementation == "flex_attention":
+        index = torch.arange(ids.shape[1])
+        kept = make_keep(made.mask_mod, index)
+    else:
+        kept = made[:, 0] if made.dtype == torch.bool else made[:, 0] == 0
+    assert torch.equal(kept[valid], mask.dense()[valid])  # rows of padding differ: transformers lets them look
+
+
+def make_keep(mask_mod, index):
+    rows = [[[bool(mask_mod(torch.tensor(b), torch.tensor(0), q, k)) for k in index] for q in index] for b in range(2)]
+    return torch.tensor(rows)
 
 
 def test_gradient_checkpointing_and_saving(tmp_path):
