@@ -22,7 +22,7 @@ from torch import Tensor
 
 from mmkernels import _env
 from mmkernels._dispatch import BackendUnavailable
-from mmkernels._gradients import untracked_transform
+from mmkernels._gradients import no_gradient_in_place, untracked_transform
 
 NAMESPACE = "mmkernels_triton"
 PROBE = "mmkernels._triton:probe"
@@ -105,6 +105,11 @@ def objections(**args: object) -> list[str]:
     if not interpreting() and any(isinstance(a, Tensor) and a.device.type == "cpu" for a in args.values()):
         return ["compiled Triton kernels need CUDA tensors, and the interpreter (TRITON_INTERPRET=1) is off"]
     return untracked_transform()
+
+
+def objections_in_place(**args: object) -> list[str]:
+    """As objections, for an op that writes its state in place and has no gradient."""
+    return objections(**args) or no_gradient_in_place(**args)
 
 
 def architecture(device: torch.device) -> str:

@@ -25,7 +25,10 @@ from mmkernels._triton import Specimen
 # Every file of kernels; each has specimens(architecture).  tests/triton/test_aot.py fails when one is missing here.
 MODULES = (
     "mmkernels._triton_math",
+    "mmkernels.ops.causal_conv1d._triton_kernels",
+    "mmkernels.ops.causal_conv1d._triton_kernels_state",
     "mmkernels.ops.gated_rms_norm._triton_kernels",
+    "mmkernels.ops.ssd._triton_kernels_update",
 )
 
 
@@ -136,7 +139,8 @@ def _resources(asm: dict[str, Any]) -> tuple[int, int]:
         def field(name: str) -> int:
             return int(re.search(rf"\.{name}:\s+(\d+)", text).group(1))  # type: ignore[union-attr]
 
-        return field("vgpr_count"), 4 * (field("vgpr_spill_count") + field("sgpr_spill_count"))
+        # Scratch is what vector registers spill to; scalar ones spill to lanes of vector registers, counted as such.
+        return field("vgpr_count"), field("private_segment_fixed_size")
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(asm["cubin"])
         file.flush()

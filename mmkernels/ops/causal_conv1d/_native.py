@@ -1,20 +1,18 @@
-"""Backend "native" of causal_conv1d and its update: csrc/cpu/causal_conv1d*.cpp; here fake kernels and gradients."""
-
-from typing import Any
+"""Backend "native" of causal_conv1d and its update: csrc/cpu/causal_conv1d*.cpp; fakes and gradients: _autograd.py."""
 
 import torch
 from torch import Tensor
 
 from mmkernels import _native
-from mmkernels._gradients import second_order, wants_gradient
+from mmkernels._gradients import wants_gradient
+from mmkernels.ops.causal_conv1d import _autograd
 
 _native.require()
 _inference = torch.ops.mmkernels.causal_conv1d.default
 _fwd = torch.ops.mmkernels.causal_conv1d_fwd.default
 _bwd = torch.ops.mmkernels.causal_conv1d_bwd.default
 _update = torch.ops.mmkernels.causal_conv1d_update.default
-_TENSORS = 6  # leading arguments of the op, of which the first 4 are differentiable
-_DIFFERENTIABLE = 4
+_autograd.register(_inference, _fwd, _bwd, _update)
 
 
 def causal_conv1d(
@@ -55,105 +53,3 @@ def causal_conv1d_update(
     if wide is not conv_state:
         conv_state.copy_(wide)
     return y
-
-
-def _fake(
-    x: Tensor, weight: Tensor, bias: Any, initial_states: Any, seq_idx: Any, cu_seqlens: Tensor | None, *rest: Any
-) -> tuple[Tensor, Tensor]:
-    rows = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    final = (rows, x.shape[2], weight.shape[1] - 1) if rest[-1] else (0,)
-    return x.new_empty(x.shape), x.new_empty(final)
-
-
-def _bwd_fake(
-    grad_y: Tensor,
-    grad_final: Tensor | None,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    initial_states: Tensor | None,
-    *rest: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(grad_x, grad_weight, grad_bias, grad_initial_states); empty where there is none."""
-    parameters = rest[-1]
-    grad_weight = weight.new_empty(weight.shape if parameters else (0,))
-    kept_bias = bias if parameters else None
-    grad_bias = (weight if bias is None else bias).new_empty((0,) if kept_bias is None else kept_bias.shape)
-    return (
-        x.new_empty(x.shape),
-        grad_weight,
-        grad_bias,
-        x.new_empty((0,) if initial_states is None else initial_states.shape),
-    )
-
-
-def _update_fake(x: Tensor, *_: Any) -> Tensor:
-    return x.new_empty(x.shape)
-
-
-def _fwd_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*inputs[:_TENSORS])
-    ctx.silu, ctx.reverse, ctx.final = inputs[_TENSORS:]
-    if not ctx.final:
-        ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)
-
-
-def _fwd_backward(ctx: Any, grad_y: Tensor | None, grad_final: Tensor | None) -> tuple[Tensor | None, ...]:
-    lacking = (None,) * (_TENSORS - _DIFFERENTIABLE + 3)
-    tensors = ctx.saved_tensors
-    grad_final = grad_final if ctx.final else None
-    if grad_y is None and grad_final is None:
-        return (None,) * _DIFFERENTIABLE + lacking
-    x, _, bias, initial_states = tensors[:_DIFFERENTIABLE]
-    grad_y = torch.zeros_like(x) if grad_y is None else grad_y
-    parameters = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
-    of_x, of_weight, of_bias, of_initial = _bwd(grad_y, grad_final, *tensors, ctx.silu, ctx.reverse, parameters)
-    return (
-        of_x,
-        of_weight if parameters else None,
-        of_bias if parameters and bias is not None else None,
-        None if initial_states is None else of_initial,
-        *lacking,
-    )
-
-
-def _bwd_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.save_for_backward(*inputs[: _TENSORS + 2])
-    ctx.silu, ctx.reverse, _ = inputs[_TENSORS + 2 :]
-    ctx.set_materialize_grads(False)
-
-
-def _bwd_backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
-    from mmkernels.ops.causal_conv1d import api
-
-    grad_y, grad_final, *tensors = ctx.saved_tensors
-    inputs, (seq_idx, cu_seqlens) = tensors[:_DIFFERENTIABLE], tensors[_DIFFERENTIABLE:]
-
-    def recomputed(
-        x: Tensor, weight: Tensor, bias: Tensor | None, initial_states: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        y, final = api.causal_conv1d(
-            x,
-            weight,
-            bias,
-            activation="silu" if ctx.silu else None,
-            initial_states=initial_states,
-            seq_idx=seq_idx,
-            cu_seqlens=cu_seqlens,
-            reverse=ctx.reverse,
-            return_final_states=True,
-            backend="torch",
-        )
-        return y, final
-
-    (of_grad_y, of_grad_final), of_inputs = second_order(recomputed, inputs, [grad_y, grad_final], cotangents)
-    return (of_grad_y, of_grad_final, *of_inputs, *(None,) * (_TENSORS - _DIFFERENTIABLE + 3))
-
-
-torch.library.register_fake(_inference)(_fake)
-torch.library.register_fake(_fwd)(_fake)
-torch.library.register_fake(_bwd)(_bwd_fake)
-torch.library.register_fake(_update)(_update_fake)
-torch.library.register_autograd(_fwd, _fwd_backward, setup_context=_fwd_setup)
-torch.library.register_autograd(_bwd, _bwd_backward, setup_context=_bwd_setup)

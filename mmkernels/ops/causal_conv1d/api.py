@@ -5,6 +5,7 @@ Mamba-2's short convolution (arXiv 2405.21060, figure 6), as implemented for CUD
 
 import torch
 
+from mmkernels import _triton
 from mmkernels._checks import Sizes, floating, integer, same_device
 from mmkernels._dispatch import NATIVE_PROBE, Backend, Op
 from mmkernels._gradients import no_gradient_in_place, untracked_transform
@@ -18,6 +19,7 @@ CAUSAL_CONV1D = Op(
     public="mmkernels.ops.causal_conv1d.api.causal_conv1d",
     backends=[
         Backend("native", f"{_HERE}._native:causal_conv1d", ("cpu",), untracked_transform, NATIVE_PROBE),
+        Backend("triton", f"{_HERE}._triton:causal_conv1d", _triton.DEVICES, _triton.objections, _triton.PROBE),
         Backend("torch", f"{_HERE}._torch:causal_conv1d"),
         Backend("reference", f"{_HERE}.reference:causal_conv1d"),
     ],
@@ -28,6 +30,13 @@ CAUSAL_CONV1D_UPDATE = Op(
     public="mmkernels.ops.causal_conv1d.api.causal_conv1d_update",
     backends=[
         Backend("native", f"{_HERE}._native:causal_conv1d_update", ("cpu",), no_gradient_in_place, NATIVE_PROBE),
+        Backend(
+            "triton",
+            f"{_HERE}._triton:causal_conv1d_update",
+            _triton.DEVICES,
+            _triton.objections_in_place,
+            _triton.PROBE,
+        ),
         Backend("torch", f"{_HERE}._torch:causal_conv1d_update"),
         Backend("reference", f"{_HERE}.reference:causal_conv1d_update"),
     ],

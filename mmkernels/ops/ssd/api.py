@@ -8,7 +8,7 @@ from itertools import pairwise
 
 import torch
 
-from mmkernels import _checks
+from mmkernels import _checks, _triton
 from mmkernels._dispatch import NATIVE_PROBE, Backend, Op
 from mmkernels._gradients import no_gradient_in_place, untracked_transform
 from mmkernels.errors import DtypeError, ShapeError
@@ -35,6 +35,13 @@ SSD_UPDATE = Op(
     public="mmkernels.ops.ssd.api.ssd_update",
     backends=[
         Backend("native", f"{_HERE}._native_update:ssd_update", ("cpu",), no_gradient_in_place, NATIVE_PROBE),
+        Backend(
+            "triton",
+            f"{_HERE}._triton_update:ssd_update",
+            _triton.DEVICES,
+            _triton.objections_in_place,
+            _triton.PROBE,
+        ),
         Backend("torch", f"{_HERE}._torch_update:ssd_update"),
         Backend("reference", f"{_HERE}.reference:ssd_update"),
     ],
