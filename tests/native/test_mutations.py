@@ -1,0 +1,158 @@
+"""A fault planted in a kernel must fail the contract: what the checks are worth.
+
+Each fault is one edit of a unit of csrc/, compiled for the widest level of this CPU and linked with the sound objects
+of all other units.  That library must fail the error bar of the named case, which the sound one passes.
+"""
+
+import dataclasses
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mmkernels import _build, _native
+
+ROOT = _build.source_root()
+KERNELS = ROOT / "csrc" / "cpu"
+
+
+@dataclasses.dataclass(frozen=True)
+class Fault:
+    what: str
+    source: str
+    text: str
+    instead: str
+    op: str
+    case: str  # the one that must notice
+
+
+FAULTS = [
+    Fault("a later token leaks in", "ssd_fwd.cpp", "from_lane(j, diag", "from_lane(j - 1, diag", "ssd_scan", "plain"),
+    Fault("no decay between chunks", "ssd_fwd.cpp", ", update.scale = &decays.all;", ";", "ssd_scan", "mamba2"),
+    Fault("D is forgotten", "ssd_fwd.cpp", "to[j] += skip;", "", "ssd_scan", "mixer"),
+    Fault("dA loses the state", "ssd_bwd.cpp", "if (enters) after += r[k];", "", "ssd_scan", "states"),
+    Fault(
+        "dR is not carried",
+        "ssd_bwd.cpp",
+        "if (leaves) p.start = gradient(h)",
+        "if (false) p.start = gradient(h)",
+        "ssd_scan",
+        "mamba2",
+    ),
+    Fault("ddt ignores softplus", "ssd_bwd.cpp", "none, grad * slope)", "none, grad)", "ssd_scan", "mixer"),
+    Fault(
+        "a step does not decay",
+        "ssd_update.cpp",
+        "V(dt * load_item<A>(a.A, 0, 0, head))",
+        "V(A(0))",
+        "ssd_update",
+        "plain",
+    ),
+    Fault("D is ignored", "ssd_update.cpp", "if (a.D.data != nullptr) {", "if (false) {", "ssd_update", "mixer"),
+    Fault(
+        "the bias is forgotten",
+        "causal_conv1d.cpp",
+        "nullptr : static_cast<const A*>(a.bias) + at",
+        "nullptr : nullptr",
+        "causal_conv1d",
+        "silu-bias",
+    ),
+    Fault(
+        "d silu is sigmoid",
+        "causal_conv1d.cpp",
+        " * s * fma(out[r], V(A(1)) - s, V(A(1)))",
+        " * s",
+        "causal_conv1d",
+        "silu-bias",
+    ),
+    Fault(
+        "padding is not zero",
+        "causal_conv1d.cpp",
+        "if (piece.padding) {\n        for",
+        "if (false) {\n        for",
+        "causal_conv1d",
+        "ids",
+    ),
+    Fault(
+        "a window is not shifted",
+        "causal_conv1d_step.cpp",
+        "scratch.window + entering * n",
+        "scratch.window",
+        "causal_conv1d_update",
+        "one-token",
+    ),
+    Fault("no eps", "gated_rms_norm.cpp", "A(n) + eps", "A(n)", "gated_rms_norm", "one-dim"),
+    Fault("the mean is added", "gated_rms_norm.cpp", "V(-mean)", "V(mean)", "gated_rms_norm", "plain"),
+]
+CHECK = (
+    "import sys, torch; torch.set_num_threads(1)\n"
+    "from pathlib import Path\n"
+    "from mmkernels import _native\n"
+    "assert _native._load_cached(Path(sys.argv[1]))\n"
+    "from mmkernels.testing import CASES\n"
+    "from mmkernels.testing.contract import check_error_bar\n"
+    "try:\n"
+    "    case = next(case for case in CASES[sys.argv[2]] if case.id == sys.argv[3])\n"
+    "    check_error_bar(case, 'native', torch.float32)\n"
+    "except AssertionError as error:\n"
+    "    print('noticed:', error)\n"
+    "else:\n"
+    "    print('passed')\n"
+)
+
+
+def test_every_kernel_has_a_fault():
+    sources = {path.name for path in KERNELS.glob("*.cpp")}
+    lacking = sorted(sources - {fault.source for fault in FAULTS})
+    assert not lacking, f"no fault is planted in {', '.join(lacking)}: add one to FAULTS"
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.what)
+def test_the_text_of_a_fault_is_in_its_source_once(fault):
+    assert (KERNELS / fault.source).read_text().count(fault.text) == 1
+
+
+@pytest.fixture(scope="module")
+def build(tmp_path_factory):
+    """build(fault) -> the library with that fault, or the sound one for None.  Sound objects are compiled once."""
+    kept = tmp_path_factory.mktemp("objects")
+    ready = _native._cache_folder() / "objects"
+    if ready.is_dir():
+        shutil.copytree(ready, kept, dirs_exist_ok=True)
+    plan = _build.make_plan(ROOT)
+    widest = _native.isa_levels()[-1]
+
+    def build_(fault: Fault | None) -> Path:
+        workspace = tmp_path_factory.mktemp("build")
+        steps = plan.steps
+        if fault is not None:
+            planted = workspace / fault.source
+            planted.write_text((KERNELS / fault.source).read_text().replace(fault.text, fault.instead))
+            unit = (f"csrc/cpu/{fault.source}", widest)
+            steps = tuple(
+                dataclasses.replace(step, source=str(planted)) if (step.source, step.level) == unit else step
+                for step in steps
+            )
+        _build.compile_library(dataclasses.replace(plan, steps=steps), workspace, kept)
+        return workspace / _build.LIBRARY
+
+    return build_
+
+
+def verdict(library: Path, op: str, case: str) -> str:
+    command = [sys.executable, "-c", CHECK, str(library), op, case]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout.strip()
+
+
+@pytest.mark.slow  # compiles one unit for each fault
+def test_faults_are_noticed(build):
+    sound = build(None)
+    for op, case in dict.fromkeys((fault.op, fault.case) for fault in FAULTS):
+        assert verdict(sound, op, case) == "passed"
+    verdicts = {fault: verdict(build(fault), fault.op, fault.case) for fault in FAULTS}
+    missed = [f"{fault.what} ({fault.op} {fault.case})" for fault, said in verdicts.items() if "noticed" not in said]
+    assert not missed
