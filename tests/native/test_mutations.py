@@ -104,7 +104,11 @@ CHECK = (
 
 
 def test_every_kernel_has_a_fault():
-    sources = {path.name for path in KERNELS.glob("*.cpp")}
+    # An op with many faults of its own has a file for them: test_<op>_faults.py.
+    own = [
+        path.stem.removeprefix("test_").removesuffix("_faults") for path in Path(__file__).parent.glob("*_faults.py")
+    ]
+    sources = {path.name for path in KERNELS.glob("*.cpp") if not path.name.startswith(tuple(own))}
     lacking = sorted(sources - {fault.source for fault in FAULTS})
     assert not lacking, f"no fault is planted in {', '.join(lacking)}: add one to FAULTS"
 
