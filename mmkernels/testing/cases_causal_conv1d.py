@@ -63,6 +63,7 @@ def _update(
 
 _IDS = torch.tensor([[0, 0, 1, 1, 1, 0, 2, 2, -1], [-1, -1, 3, 4, 4, 4, -1, 4, 4]], dtype=torch.int32)
 _LEADING = torch.tensor([[0, 0, 0, 0, 0, 0, 0, 0, 0], [0, 1, 1, 1, 1, 1, 1, 0, 0]], dtype=torch.int32)
+_SHORT = torch.tensor([[0, 1], [0, 0], [1, 1]], dtype=torch.int32)
 _BOUNDS = torch.tensor([0, 1, 1, 6, 9], dtype=torch.int32)
 
 register_cases(
@@ -78,6 +79,7 @@ register_cases(
             ("ids", _stateful(2, 9, 2, 4, activation="silu", seq_idx=_IDS), True),
             ("ids-leading", _stateful(2, 9, 2, 4, activation="silu", seq_idx=_LEADING), True),
             ("ids-reverse", _stateful(2, 9, 2, 3, seq_idx=_LEADING, reverse=True), True),
+            ("short-ids", _stateful(3, 2, 3, 4, seq_idx=_SHORT), True),
             ("packed", _stateful(1, 9, 2, 4, activation="silu", cu_seqlens=_BOUNDS), True),
             ("packed-reverse", _stateful(1, 9, 2, 3, activation="silu", cu_seqlens=_BOUNDS, reverse=True), True),
             ("packed-stateless", _plain(1, 9, 2, 4, cu_seqlens=_BOUNDS, return_final_states=True), True),
