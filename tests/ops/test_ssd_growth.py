@@ -15,9 +15,8 @@ LENGTH = 131072
 @pytest.mark.slow
 @pytest.mark.parametrize("memory", GROWTH["MEMORIES"])
 def test_error_at_131072_tokens(memory):
-    # 64 float32 roundings of a typical output.  A chunk's contribution is rounded into the state once, so 2048 chunks
-    # cost a random walk of 45 half roundings even where the state keeps everything; token by token it would be 8 times as
-    # many.
+    # 64 float32 roundings of a typical output.  A chunk's contribution is rounded into the state once: a random walk of
+    # 2048 half roundings, 23 of them wide, even where the state keeps everything.
     bar = 64 * torch.finfo(torch.float32).eps
     found = GROWTH["errors"](LENGTH, memory)
     assert max(found.values()) < bar, found
