@@ -140,7 +140,7 @@ def race(
         rounds: clean samples wanted of each.
         extra: more rounds for those who lack clean samples.
         budget: seconds for all.  A contestant that has used its share stops at one clean sample or more, so that a
-            slow one neither starves the others nor goes missing.
+            slow one neither starves the others nor goes missing; past the budget nobody waits for clean samples.
         shortest: seconds of one sample.
         processors: of the machine; default: as many as there are.
 
@@ -149,11 +149,12 @@ def race(
     """
     taken: dict[str, list[Sample]] = {name: [] for name in samplers}
     used = dict.fromkeys(samplers, 0.0)
-    share = budget / max(1, len(samplers))
+    share, began = budget / max(1, len(samplers)), time.perf_counter()
     for turn in range(rounds + extra):
         for name, sampler in samplers.items():
             clean = sum(s.clean(threads, processors) for s in taken[name])
-            if clean >= rounds or (used[name] > share and (clean or turn >= rounds)):
+            late = time.perf_counter() - began > budget
+            if clean >= rounds or (used[name] > share and (clean or turn >= rounds)) or (late and taken[name]):
                 continue
             started = time.perf_counter()
             taken[name].append(sampler(shortest))

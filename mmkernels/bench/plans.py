@@ -34,7 +34,7 @@ class Plan:
     first_calls: tuple[Cell, ...] = ()
     without: frozenset[str] = frozenset()
     rounds: int = 5
-    budget: float = 12.0
+    budget: float = 8.0
     shortest: float = 0.1
 
 
@@ -64,7 +64,7 @@ def quick(threads: int) -> Plan:
     """Every op once at the smallest layer, less than 90 seconds."""
     ops = tuple(OPS)
     cells = [cell for op in ops for cell in _cells(op, ("130m",), (512,), ("float32",), (threads,))]
-    return Plan(tuple(cells), (), _first_calls(threads, ("ssd_scan",)), _SLOW, rounds=3, budget=5.0, shortest=0.05)
+    return Plan(tuple(cells), (), _first_calls(threads, ("ssd_scan",)), _SLOW, rounds=3, budget=4.0, shortest=0.05)
 
 
 def usual(threads: int) -> Plan:

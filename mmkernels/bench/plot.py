@@ -7,7 +7,7 @@ from typing import Any
 from mmkernels.bench.ops import OPS, OURS
 from mmkernels.bench.plans import DECODE
 from mmkernels.bench.shapes import SHAPES, Cell
-from mmkernels.bench.tables import ratios
+from mmkernels.bench.tables import ratios, timing
 
 Races = Mapping[str, Mapping[str, Any]]
 _OURS, _BASELINE, _FASTEST = "#0b7a75", "#8a8f98", "#d1813c"
@@ -117,17 +117,21 @@ def draw_ratios(content: Mapping[str, Any], path: Path) -> None:
     plt = _pyplot()
     bars = _bars(content["races"])
     figure, axis = plt.subplots(figsize=(9, 0.42 * len(bars) + 1.6), layout="constrained")
-    for i, (_, found) in enumerate(reversed(bars)):
+    for i, (cell, found) in enumerate(reversed(bars)):
+        marks = timing(content["races"][cell.id]["entries"][OURS]).marks
         for offset, value, colour in ((0.2, found["baseline"], _BASELINE), (-0.2, found["fastest"], _FASTEST)):
             axis.barh(i + offset, value, height=0.38, color=colour)
-            axis.text(value * 1.03, i + offset, f"{value:.1f}x", va="center", fontsize=8)
+            axis.text(value * 1.03, i + offset, f"{value:.1f}x{marks}", va="center", fontsize=8)
     axis.axvline(1.0, color="black", linewidth=1)
     axis.set_yticks(range(len(bars)), [_label(cell) for cell, _ in reversed(bars)], fontsize=8)
     axis.set_xscale("log")
     low, high = axis.get_xlim()
     axis.set_xlim(min(low, 0.8), high * 1.6)
     axis.xaxis.set_major_formatter("{x:g}x")
-    axis.set_xlabel("times faster than transformers at its defaults (grey), than the fastest peer (orange)")
+    axis.set_xlabel(
+        "times faster than transformers at its defaults (grey), than the fastest peer (orange)\n"
+        "! on a busy machine   ~ samples far apart"
+    )
     axis.set_title(f"mmkernels against its peers, {bars[0][0].threads} threads\n{_where(content)}", fontsize=10)
     axis.spines[["top", "right"]].set_visible(False)
     _save(figure, path)

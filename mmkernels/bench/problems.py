@@ -76,7 +76,7 @@ class Contestant:
         dtypes: it takes.
         backward: None, or why it does not run forward and backward.
         tuned_malloc: runs in a child process whose allocator keeps large blocks instead of returning them.
-        most_tokens: heads times tokens beyond which one call takes many seconds, so that it is left out and says so.
+        left_out: gives the reason why a cell is not worth its time, or None.
     """
 
     name: str
@@ -84,7 +84,7 @@ class Contestant:
     dtypes: tuple[str, ...] = ("float32", "bfloat16")
     backward: str | None = None
     tuned_malloc: bool = False
-    most_tokens: int | None = None
+    left_out: Callable[[Cell], str | None] | None = None
 
     def objection(self, cell: Cell) -> str | None:
         """Why it does not run this cell, as far as that is known beforehand."""
@@ -92,10 +92,7 @@ class Contestant:
             return f"takes {' and '.join(self.dtypes)} only"
         if cell.backward and self.backward:
             return self.backward
-        tokens = cell.sizes.nheads * cell.seqlen
-        if self.most_tokens is not None and tokens > self.most_tokens and not cell.tiny:
-            return f"left out beyond {self.most_tokens} heads x tokens, where a call takes many seconds"
-        return None
+        return self.left_out(cell) if self.left_out and not cell.tiny else None
 
 
 def require_one_row(problem: Problem) -> None:

@@ -218,13 +218,9 @@ def first_call_table(section: Races) -> str:
     rows = []
     for found in section.values():
         op = found["cell"]["op"]
-        times = (
-            ["not run: " + found["why"], ""]
-            if "why" in found
-            else [number(1e3 * found[n]) for n in ("first", "second")]
-        )
-        rows.append([op, *times])
-    return table(["", "first", "second"], rows)
+        times = [number(1e3 * found[name]) for name in ("first", "processor", "second") if name in found]
+        rows.append([op, *(times or ["not run: " + found["why"], "", ""])])
+    return table(["", "first", "processor time of the first", "second"], rows)
 
 
 def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

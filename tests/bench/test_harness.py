@@ -1,6 +1,7 @@
 """The race: turns, medians, dirty samples, slow contestants; with samplers that say what they are told to."""
 
 import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -85,16 +86,33 @@ def test_extra_rounds_end():
     assert len(calls) == 5
 
 
-def test_a_slow_contestant_neither_starves_the_others_nor_goes_missing():
-    fast, fast_calls = scripted((0.01, CLEAN))
+@pytest.fixture
+def clock(monkeypatch):
+    """Seconds that pass when a test says so."""
+    now = [0.0]
+    monkeypatch.setattr(harness, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    return now
 
-    def slow(shortest):
-        time.sleep(0.05)
-        return Sample(0.05, CLEAN, 0.05)
 
-    found = race({"slow": slow, "fast": fast}, threads=1, rounds=4, budget=0.04)
+def lasting(clock, seconds, foreign=CLEAN):
+    def take(shortest):
+        clock[0] += seconds
+        return Sample(seconds, foreign, seconds)
+
+    return take
+
+
+def test_a_slow_contestant_neither_starves_the_others_nor_goes_missing(clock):
+    found = race({"slow": lasting(clock, 6.0), "fast": lasting(clock, 0.1)}, threads=1, rounds=4, budget=10.0)
     assert (found["slow"].samples, found["slow"].marks) == (1, "1")
-    assert len(fast_calls) == 4
+    assert found["fast"].samples == 4
+
+
+def test_past_the_budget_everybody_has_a_sample_and_nobody_waits_for_clean_ones(clock):
+    contestants = {name: lasting(clock, 4.0, DIRTY) for name in "abc"}
+    found = race(contestants, threads=2, rounds=3, extra=3, budget=10.0, processors=2)
+    assert [timing.samples for timing in found.values()] == [1, 1, 1]
+    assert not any(timing.clean for timing in found.values())
 
 
 def test_repeat_and_calls_give_seconds_of_one_call():

@@ -109,7 +109,9 @@ def test_a_report_has_every_part():
             step.id: a_race(step, both),
         },
         memory={SCAN.id: {**where, "entries": {"mmkernels": {"bytes": 13 << 20}, "other": {"why": "died"}}}},
-        first_call={step.id: {**where, "cell": dataclasses.asdict(step), "first": 0.0123, "second": 0.001}},
+        first_call={
+            step.id: {**where, "cell": dataclasses.asdict(step), "first": 0.0123, "processor": 0.02, "second": 0.001}
+        },
     )
     text = tables.report(found)
     assert "a processor, 2 processors; torch 2; 2026-01-02 to 2026-01-03." in text
@@ -117,7 +119,7 @@ def test_a_report_has_every_part():
     assert "| mmkernels | 20 |" in text  # microseconds of a decode step
     assert "| mmkernels | 13 |" in text
     assert "| other | - (a) |" in text
-    assert "| ssd_update | 12.3 | 1 |" in text
+    assert "| ssd_update | 12.3 | 20 | 1 |" in text
 
 
 def test_plans_are_made_of_known_cells():

@@ -1,4 +1,4 @@
-"""The ops of mmkernels itself: their native backend, or another by name."""
+"""The ops of mmkernels itself: their native backend, another by name, or the automatic choice."""
 
 from typing import Any
 
@@ -11,10 +11,10 @@ from mmkernels.layers import Mamba2Mixer
 
 
 def _require(backend: str | None, op: str) -> None:
-    # A race of "mmkernels" that quietly fell back to plain torch would be mislabelled.
-    state = mmkernels.backends()[op][backend or "native"]
+    # A race of "mmkernels" that quietly fell back to plain torch would be mislabelled; None asks for no promise.
+    state = "ready" if backend is None else mmkernels.backends()[op][backend]
     if state != "ready":
-        raise Unavailable(f"its {backend or 'native'} backend is not ready: {state}")
+        raise Unavailable(f"its {backend} backend is not ready: {state}")
 
 
 def scan(problem: Problem, *, backend: str | None = "native") -> Prepared:

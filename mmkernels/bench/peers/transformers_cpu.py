@@ -1,6 +1,7 @@
 """transformers' own CPU path: the functions and the module of its Mamba-2 model, at any chunk size."""
 
 import functools
+import logging
 from typing import Any
 
 from torch import Tensor, nn
@@ -15,6 +16,8 @@ def _mamba2() -> Any:
         from transformers.models.mamba2 import modeling_mamba2
     except ImportError as error:
         raise Unavailable(f"transformers with Mamba-2 is not installed ({error}); pip install transformers") from error
+    # It says at every first call that it has no CUDA kernels: nobody expects them here.
+    logging.getLogger("transformers.integrations.hub_kernels").setLevel(logging.ERROR)
     return modeling_mamba2
 
 
