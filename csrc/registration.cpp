@@ -67,6 +67,17 @@ STABLE_TORCH_LIBRARY(mmkernels, m) {
       "ssd_update(Tensor(a!) state, Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, "
       "Tensor? dt_bias, Tensor? state_indices, bool dt_softplus, float dt_low, float dt_high) -> Tensor");
 
+  // A few rows times a large matrix; its gradients are plain products.
+  m.def("decode_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
+  m.def("decode_linear_fwd(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
+
+  // One token of a whole block; an empty residual sum where there is no norm_weight.
+  m.def(
+      "mamba2_step(Tensor hidden, Tensor(a!) conv_state, Tensor(b!) ssm_state, Tensor in_weight, Tensor conv_weight, "
+      "Tensor A_log, Tensor dt_bias, Tensor D, Tensor out_weight, Tensor? residual, Tensor? norm_weight, "
+      "Tensor? in_bias, Tensor? conv_bias, Tensor? gate_weight, Tensor? out_bias, float eps, float gate_eps, "
+      "float dt_low, float dt_high, bool norm_before_gate, bool residual_in_fp32) -> (Tensor out, Tensor residual_sum)");
+
   // The instruction set in use, the best this CPU has, and a way for tests to lower it.
   m.def("isa() -> str");
   m.def("best_isa() -> str");

@@ -21,10 +21,12 @@ _PUBLIC = {
         "DataError",
     ),
     "mmkernels.ops.causal_conv1d.api": ("causal_conv1d", "causal_conv1d_update"),
+    "mmkernels.ops.decode_linear.api": ("decode_linear",),
     "mmkernels.ops.gated_rms_norm.api": ("gated_rms_norm",),
     "mmkernels.ops.mma_attention.api": ("mma_attention",),
     "mmkernels.ops.mma_attention.mask": ("MMAMask", "mma_mask"),
     "mmkernels.ops.mma_attention.spans": ("build_mutual_spans", "check_no_label_leak"),
+    "mmkernels.ops.mamba2_step.api": ("mamba2_step",),
     "mmkernels.ops.ssd.api": ("ssd_scan", "ssd_update"),
 }
 _HOME = {name: module for module, names in _PUBLIC.items() for name in names}
@@ -46,7 +48,9 @@ if TYPE_CHECKING:
     from mmkernels.errors import ShapeError as ShapeError
     from mmkernels.ops.causal_conv1d.api import causal_conv1d as causal_conv1d
     from mmkernels.ops.causal_conv1d.api import causal_conv1d_update as causal_conv1d_update
+    from mmkernels.ops.decode_linear.api import decode_linear as decode_linear
     from mmkernels.ops.gated_rms_norm.api import gated_rms_norm as gated_rms_norm
+    from mmkernels.ops.mamba2_step.api import mamba2_step as mamba2_step
     from mmkernels.ops.mma_attention.api import mma_attention as mma_attention
     from mmkernels.ops.mma_attention.mask import MMAMask as MMAMask
     from mmkernels.ops.mma_attention.mask import mma_mask as mma_mask

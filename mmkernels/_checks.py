@@ -66,6 +66,54 @@ class Sizes:
             )
 
 
+class Verified:
+    """Signatures of calls that passed their checks: decoding repeats a call for every token, and checking it anew would
+    take longer than the call.
+
+    Only for checks of shapes, dtypes, devices and plain options, which a signature holds completely.
+
+    Example:
+        >>> verified = Verified()
+        >>> seen = verified.signature(torch.zeros(2), None, 0.5)
+        >>> verified.add(seen)
+        >>> verified.signature(torch.ones(2), None, 0.5) in verified
+        True
+    """
+
+    LIMIT = 1024  # then it starts anew: shapes that never end must not fill the memory
+
+    def __init__(self) -> None:
+        self._known: set[tuple[Any, ...]] = set()
+
+    def signature(self, *values: Any) -> tuple[Any, ...] | None:
+        """What the checks read of tensors and options; None if that cannot be kept (tracing, subclasses, lists)."""
+        if torch.compiler.is_compiling():
+            return None
+        made: list[Any] = []
+        for value in values:
+            kind = type(value)
+            if kind is torch.Tensor or kind is torch.nn.Parameter:
+                made.append((value.shape, value.dtype, value.device))
+            elif value is None or kind is bool or kind is str or kind is float or kind is int:
+                made.append(value if kind is not bool else (kind, value))  # True == 1, but is no number
+            elif kind is tuple and all(type(item) is float for item in value):
+                made.append(value)
+            else:
+                return None
+        return tuple(made)
+
+    def __contains__(self, signature: tuple[Any, ...] | None) -> bool:
+        return signature in self._known
+
+    def add(self, signature: tuple[Any, ...] | None) -> None:
+        """Remember a call that passed; None is not remembered."""
+        if signature is None:
+            return
+        if len(self._known) >= self.LIMIT:
+            self._known.clear()
+        self._known.add(signature)
+
+
 def floating(function: str, **tensors: torch.Tensor | None) -> None:
     """Check that every given tensor is float32, bfloat16, float16 or float64."""
     for name, value in tensors.items():

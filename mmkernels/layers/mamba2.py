@@ -4,7 +4,8 @@ Parameter names, shapes and initial values are those of the official state-space
 """
 
 import math
-from typing import cast
+from types import NoneType
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -12,9 +13,15 @@ from torch import Tensor, nn
 from mmkernels.layers import _mixing
 from mmkernels.layers.norm import GatedRMSNorm
 from mmkernels.ops.causal_conv1d.api import causal_conv1d_update
+from mmkernels.ops.mamba2_step.api import mamba2_step
 from mmkernels.ops.ssd.api import ssd_update
 
 Output = Tensor | tuple[Tensor, Tensor, Tensor]
+
+
+def _is_hooked(module: nn.Module) -> bool:
+    # Libraries that move weights around replace `forward` on the instance.
+    return bool(module._forward_hooks or module._forward_pre_hooks) or "forward" in module.__dict__
 
 
 class Mamba2Mixer(nn.Module):
@@ -180,7 +187,12 @@ class Mamba2Mixer(nn.Module):
         return out, conv_state, ssm_state
 
     def step(self, u: Tensor, conv_state: Tensor, ssm_state: Tensor) -> Tensor:
-        """Mix one more token per row, u (batch, d_model) -> (batch, d_model); both states are updated IN PLACE."""
+        """Mix one more token per row, u (batch, d_model) -> (batch, d_model); both states are updated IN PLACE.
+
+        One call of `mmkernels.mamba2_step` if `objections_to_one_call(u)` has nothing to say, else part by part.
+        """
+        if not self.objections_to_one_call(u):
+            return cast(Tensor, mamba2_step(u, conv_state, ssm_state, **self.step_arguments()))
         z, xBC, dt = self.in_proj(u).split([self.d_inner, self.conv_dim, self.nheads], dim=-1)
         weight = self.conv1d.weight.squeeze(1)
         x, B, C = self._heads(causal_conv1d_update(xBC, conv_state, weight, self.conv1d.bias, activation="silu"))
@@ -198,6 +210,45 @@ class Mamba2Mixer(nn.Module):
             dt_limit=self.dt_limit,
         )
         return self._close(y.flatten(-2), z)
+
+    def objections_to_one_call(self, u: Tensor) -> list[str]:
+        """Why `step` must run part by part, in words; none: it is one call of `mmkernels.mamba2_step`.
+
+        One call reads the weights itself, so it cannot honour a module that does something else with them (an adapter
+        in the place of a projection, a hook); it has no gradients; and it is faster on a CPU only, where other devices
+        may have a kernel for a part.  Which backend runs the one call, `mmkernels.explain` says.
+        """
+        reasons = []
+        if u.device.type != "cpu":
+            reasons.append(f"the tensors are on {u.device.type}")
+        if torch.is_grad_enabled() and (u.requires_grad or any(p.requires_grad for p in self.parameters())):
+            reasons.append("a gradient is wanted")
+        parts = self._modules
+        kinds = [type(parts.get(name)) for name in ("in_proj", "conv1d", "out_proj", "norm")]
+        if kinds[:3] != [nn.Linear, nn.Conv1d, nn.Linear] or kinds[3] not in (GatedRMSNorm, NoneType):
+            reasons.append("a part was replaced by another module")
+        if any(_is_hooked(part) for part in parts.values() if part is not None):
+            reasons.append("a part has forward hooks")
+        return reasons
+
+    def step_arguments(self) -> dict[str, Any]:
+        """The parameters and options of this mixer as `mmkernels.mamba2_step` names them."""
+        norm = self.norm
+        return {
+            "in_weight": self.in_proj.weight,
+            "conv_weight": self.conv1d.weight,
+            "A_log": self.A_log,
+            "dt_bias": self.dt_bias,
+            "D": self._skip(),
+            "out_weight": self.out_proj.weight,
+            "in_bias": self.in_proj.bias,
+            "conv_bias": self.conv1d.bias,
+            "gate_weight": None if norm is None else norm.weight,
+            "out_bias": self.out_proj.bias,
+            "gate_eps": 1e-5 if norm is None else norm.eps,
+            "norm_before_gate": norm is not None and norm.norm_before_gate,
+            "dt_limit": self.dt_limit,
+        }
 
     def init_states(
         self, batch: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
@@ -296,9 +347,38 @@ class Mamba2Block(nn.Module):
     def step(
         self, hidden: Tensor, residual: Tensor | None, conv_state: Tensor, ssm_state: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """One token per row, (batch, d_model) each; both states are updated IN PLACE."""
+        """One token per row, (batch, d_model) each; both states are updated IN PLACE.
+
+        One call of `mmkernels.mamba2_step`, norm and sum included, where the mixer's step is one.
+        """
+        if not self.objections_to_one_call(hidden):
+            out = mamba2_step(
+                hidden,
+                conv_state,
+                ssm_state,
+                **cast(Mamba2Mixer, self.mixer).step_arguments(),
+                residual=residual,
+                norm_weight=self.norm.weight,
+                eps=self.norm.eps,
+                residual_in_fp32=self.residual_in_fp32,
+            )
+            return cast(tuple[Tensor, Tensor], out)
         u, residual = self._add_norm(hidden, residual)
         return cast(Mamba2Mixer, self.mixer).step(u, conv_state, ssm_state), residual
+
+    def objections_to_one_call(self, hidden: Tensor) -> list[str]:
+        """Why `step` is not one call, in words: as `Mamba2Mixer.objections_to_one_call`, for the norm as well."""
+        mixer = self._modules["mixer"]
+        if type(mixer) is not Mamba2Mixer:
+            return [f"the mixer is a {type(mixer).__name__}"]
+        reasons = mixer.objections_to_one_call(hidden)
+        if type(self._modules["norm"]) is not GatedRMSNorm or _is_hooked(self.norm):
+            reasons.append("the norm was replaced or has forward hooks")
+        elif torch.is_grad_enabled() and self.norm.weight.requires_grad and not reasons:
+            reasons.append("a gradient is wanted")
+        if _is_hooked(mixer):
+            reasons.append("the mixer has forward hooks")
+        return reasons
 
     def _add_norm(self, hidden: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
         residual = hidden if residual is None else residual + hidden

@@ -4,6 +4,8 @@ Importing this package registers every op; the public functions are names of `mm
 """
 
 import mmkernels.ops.causal_conv1d.api
+import mmkernels.ops.decode_linear.api
 import mmkernels.ops.gated_rms_norm.api
+import mmkernels.ops.mamba2_step.api
 import mmkernels.ops.mma_attention.api
 import mmkernels.ops.ssd.api  # noqa: F401

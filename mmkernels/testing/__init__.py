@@ -1,6 +1,13 @@
 """How ops are verified, importable by users who add their own: cases, tolerance policy, poison, backends to test."""
 
-from mmkernels.testing import cases_causal_conv1d, cases_gated_rms_norm, cases_mma_attention, cases_ssd  # noqa: F401
+from mmkernels.testing import (  # noqa: F401
+    cases_causal_conv1d,
+    cases_decode_linear,
+    cases_gated_rms_norm,
+    cases_mamba2_step,
+    cases_mma_attention,
+    cases_ssd,
+)
 from mmkernels.testing.cases import CASES, Case, register_cases
 from mmkernels.testing.poison import poisoned_allocations
 from mmkernels.testing.tolerance import assert_within, error_of, rounding_band

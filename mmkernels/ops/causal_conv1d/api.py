@@ -6,7 +6,7 @@ Mamba-2's short convolution (arXiv 2405.21060, figure 6), as implemented for CUD
 import torch
 
 from mmkernels import _triton
-from mmkernels._checks import Sizes, floating, integer, same_device
+from mmkernels._checks import Sizes, Verified, floating, integer, same_device
 from mmkernels._dispatch import NATIVE_PROBE, Backend, Op
 from mmkernels._gradients import no_gradient_in_place, untracked_transform
 from mmkernels.errors import ConfigError, ShapeError
@@ -41,6 +41,7 @@ CAUSAL_CONV1D_UPDATE = Op(
         Backend("reference", f"{_HERE}.reference:causal_conv1d_update"),
     ],
 )
+_verified_updates = Verified()
 
 
 def causal_conv1d(
@@ -178,6 +179,31 @@ def causal_conv1d_update(
 
     Source: checked against causal_conv1d on the concatenated inputs.
     """
+    seen = _verified_updates.signature(x, conv_state, weight, bias, activation, state_indices)
+    if seen not in _verified_updates:
+        _check_update(x, conv_state, weight, bias, activation, state_indices)
+        _verified_updates.add(seen)
+    return CAUSAL_CONV1D_UPDATE(
+        backend,
+        {
+            "x": x,
+            "conv_state": conv_state,
+            "weight": weight,
+            "bias": bias,
+            "activation": activation,
+            "state_indices": state_indices,
+        },
+    )
+
+
+def _check_update(
+    x: torch.Tensor,
+    conv_state: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    activation: str | None,
+    state_indices: torch.Tensor | None,
+) -> None:
     function = "causal_conv1d_update"
     sizes = Sizes(function)
     several = isinstance(x, torch.Tensor) and x.dim() == 3
@@ -197,17 +223,6 @@ def causal_conv1d_update(
     floating(function, conv_state=conv_state)
     integer(function, state_indices=state_indices)
     same_device(function, x=x, conv_state=conv_state, weight=weight, bias=bias, state_indices=state_indices)
-    return CAUSAL_CONV1D_UPDATE(
-        backend,
-        {
-            "x": x,
-            "conv_state": conv_state,
-            "weight": weight,
-            "bias": bias,
-            "activation": activation,
-            "state_indices": state_indices,
-        },
-    )
 
 
 def _check_filter(

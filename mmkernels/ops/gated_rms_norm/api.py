@@ -6,7 +6,7 @@ The normalisation that closes a Mamba-2 mixer (arXiv 2405.21060, section 7) and,
 import torch
 
 from mmkernels import _triton
-from mmkernels._checks import Sizes, floating, same_device
+from mmkernels._checks import Sizes, Verified, floating, same_device
 from mmkernels._dispatch import NATIVE_PROBE, Backend, Op
 from mmkernels._gradients import untracked_transform
 from mmkernels.errors import ShapeError
@@ -24,6 +24,7 @@ GATED_RMS_NORM = Op(
         Backend("reference", f"{_HERE}.reference:gated_rms_norm"),
     ],
 )
+_verified = Verified()
 
 
 def gated_rms_norm(
@@ -72,6 +73,32 @@ def gated_rms_norm(
 
     Source: Zhang and Sennrich, arXiv 1910.07467, equation 4, per group; checked against the formula in float64.
     """
+    seen = _verified.signature(x, weight, z, bias, eps, group_size)
+    if seen not in _verified:
+        _check(x, weight, z, bias, eps, group_size)
+        _verified.add(seen)
+    return GATED_RMS_NORM(
+        backend,
+        {
+            "x": x,
+            "weight": weight,
+            "z": z,
+            "bias": bias,
+            "eps": eps,
+            "group_size": x.shape[-1] if group_size is None else group_size,
+            "norm_before_gate": norm_before_gate,
+        },
+    )
+
+
+def _check(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    z: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    eps: float,
+    group_size: int | None,
+) -> None:
     function = "gated_rms_norm"
     sizes = Sizes(function)
     lead = " ".join(f"axis{i}" for i in range(x.dim() - 1)) if isinstance(x, torch.Tensor) else ""
@@ -90,15 +117,3 @@ def gated_rms_norm(
     same_device(function, x=x, weight=weight, z=z, bias=bias)
     if eps < 0:
         raise ShapeError(f"{function}: eps must be >= 0; got {eps}. The mean square plus eps goes under a root.")
-    return GATED_RMS_NORM(
-        backend,
-        {
-            "x": x,
-            "weight": weight,
-            "z": z,
-            "bias": bias,
-            "eps": eps,
-            "group_size": sizes["group_size"],
-            "norm_before_gate": norm_before_gate,
-        },
-    )

@@ -46,6 +46,7 @@ SSD_UPDATE = Op(
         Backend("reference", f"{_HERE}.reference:ssd_update"),
     ],
 )
+_verified_updates = _checks.Verified()
 
 
 def ssd_scan(
@@ -252,6 +253,40 @@ def ssd_update(
     Source:
         Dao and Gu, "Transformers are SSMs" (2024), eq. 16; checked against `ssd_scan` in float64.
     """
+    seen = _verified_updates.signature(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_limit, state_indices)
+    if seen not in _verified_updates:
+        _check_update(state, x, dt, A, B, C, D, z, dt_bias, dt_limit, state_indices)
+        _verified_updates.add(seen)
+    args = {
+        "state": state,
+        "x": x,
+        "dt": dt,
+        "A": A,
+        "B": B,
+        "C": C,
+        "D": D,
+        "z": z,
+        "dt_bias": dt_bias,
+        "dt_softplus": dt_softplus,
+        "dt_limit": dt_limit,
+        "state_indices": state_indices,
+    }
+    return SSD_UPDATE(backend, args)
+
+
+def _check_update(
+    state: torch.Tensor,
+    x: torch.Tensor,
+    dt: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    C: torch.Tensor,
+    D: torch.Tensor | None,
+    z: torch.Tensor | None,
+    dt_bias: torch.Tensor | None,
+    dt_limit: tuple[float, float],
+    state_indices: torch.Tensor | None,
+) -> None:
     sizes = _checks.Sizes("ssd_update")
     tokens = "batch seqlen" if isinstance(x, torch.Tensor) and x.dim() == 4 else "batch"
     sizes.bind("x", x, f"{tokens} nheads headdim", "Several tokens a row are (batch, seqlen, nheads, headdim).")
@@ -275,21 +310,6 @@ def ssd_update(
     _checks.same_device(
         "ssd_update", x=x, state=state, dt=dt, A=A, B=B, C=C, D=D, z=z, dt_bias=dt_bias, state_indices=state_indices
     )
-    args = {
-        "state": state,
-        "x": x,
-        "dt": dt,
-        "A": A,
-        "B": B,
-        "C": C,
-        "D": D,
-        "z": z,
-        "dt_bias": dt_bias,
-        "dt_softplus": dt_softplus,
-        "dt_limit": dt_limit,
-        "state_indices": state_indices,
-    }
-    return SSD_UPDATE(backend, args)
 
 
 def _check_options(

@@ -1,0 +1,1 @@
+"""A few rows times a large matrix: the linear layer of a decode step."""
