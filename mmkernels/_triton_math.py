@@ -73,7 +73,7 @@ def dot(a, b, acc=None, PRECISION: tl.constexpr = "ieee"):
     return tl.dot(a, b, acc, input_precision=PRECISION)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def column_sums_kernel(x, out, rows, columns, ACC: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """Sum the rows of dense x (rows, columns) into out (columns,), in a fixed order.
 

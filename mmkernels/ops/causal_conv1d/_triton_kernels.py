@@ -148,7 +148,7 @@ def sums_at(
     return total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["seqlen", "sequences", "steps"])
 def forward_kernel(
     x,
     weight,
@@ -217,7 +217,7 @@ def forward_kernel(
     tl.store(y + at, tl.where(real[:, None], total, 0.0).to(y.dtype.element_ty), here)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["seqlen", "sequences", "steps", "tiles", "strips"])
 def backward_kernel(
     grad,
     grad_final,

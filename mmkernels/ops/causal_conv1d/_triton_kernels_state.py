@@ -19,7 +19,7 @@ def _row_bounds(row, cu_seqlens, seqlen):
         return row * 0, begin, tl.minimum(tl.load(cu_seqlens + row + 1).to(tl.int32), seqlen)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["seqlen"])
 def final_states_kernel(
     x,
     initial,
@@ -75,7 +75,7 @@ def final_states_kernel(
     tl.store(final + at, kept, (entry < HISTORY)[:, None] & inside[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["seqlen"])
 def initial_gradient_kernel(
     grad,
     grad_final,
@@ -156,7 +156,7 @@ def initial_gradient_kernel(
         tl.store(grad_initial + at, total.to(grad_initial.dtype.element_ty), inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["nslots"])
 def update_kernel(
     x,
     state,

@@ -43,7 +43,7 @@ def _output(n, z, weight, bias, z_at, w_at, inside, NORM_FIRST: tl.constexpr, AC
     return y
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["lines"])
 def forward_kernel(
     x,
     z,
@@ -143,7 +143,7 @@ def _store_gradients(
     tl.store(grad_x + at, of_x.to(grad_x.dtype.element_ty), inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "steps"])
 def backward_kernel(
     grad_y,
     x,

@@ -10,7 +10,7 @@ from mmkernels._triton_math import silu, softplus
 _TILE = 2048  # state elements a program: 16 a thread, held in float32 next to what B and C broadcast to
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["nslots"])
 def update_kernel(
     state,
     x,
