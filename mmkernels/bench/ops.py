@@ -8,7 +8,16 @@ from typing import Any
 from torch import Tensor
 
 from mmkernels.bench import problems, shapes
-from mmkernels.bench.peers import compiled, ggml, mamba_ssm_ref, ours, plain_torch, torchmamba, transformers_cpu
+from mmkernels.bench.peers import (
+    attention,
+    compiled,
+    ggml,
+    mamba_ssm_ref,
+    ours,
+    plain_torch,
+    torchmamba,
+    transformers_cpu,
+)
 from mmkernels.bench.problems import Contestant, Prepared, Problem
 from mmkernels.bench.shapes import Cell
 from mmkernels.errors import ConfigError, nearest
@@ -40,7 +49,7 @@ class OpRace:
     limits: tuple[str, ...]
     flops: Callable[[Cell], float] | None = None
     bytes: Callable[[Cell], float] | None = None
-    shapes: tuple[str, ...] = tuple(shapes.SHAPES)
+    shapes: tuple[str, ...] = shapes.RECURRENT
 
     def contestant(self, name: str) -> Contestant:
         """The contestant of that name."""
@@ -179,6 +188,39 @@ MIXER = OpRace(
     flops=shapes.scan_flops,
     shapes=("130m", "1.3b", "2.7b"),
 )
+ATTENTION = OpRace(
+    attention.attention_problem,
+    attention.attention_truth,
+    (
+        Contestant(OURS, attention.ours),
+        Contestant("mmkernels, torch backend", functools.partial(attention.ours, backend="torch")),
+        Contestant("SDPA, dense mask", attention.sdpa_dense),
+        Contestant("SDPA, dense mask, tuned malloc", attention.sdpa_dense, tuned_malloc=True, backward=_FORWARD_ONLY),
+        Contestant("two flash calls merged", attention.two_calls, backward=_FORWARD_ONLY),
+        Contestant("flex_attention", attention.flex, backward=_NO_GRADIENTS),
+        Contestant("eager softmax", attention.eager),
+    ),
+    baseline="SDPA, dense mask",
+    limits=("gemm",),
+    flops=attention.attention_flops,
+    shapes=("aki", "aki-d128", "aki-short-d128", "bidir", "bidir-d128"),
+)
+ATTENTION_DECODE = OpRace(
+    attention.attention_problem,
+    attention.attention_truth,
+    (
+        Contestant(OURS, attention.ours, backward=_FORWARD_ONLY),
+        Contestant(
+            "mmkernels, torch backend", functools.partial(attention.ours, backend="torch"), backward=_FORWARD_ONLY
+        ),
+        Contestant("SDPA", functools.partial(attention.sdpa_decode, packed=False), backward=_FORWARD_ONLY),
+        Contestant("SDPA, packed heads", functools.partial(attention.sdpa_decode, packed=True), backward=_FORWARD_ONLY),
+    ),
+    baseline="SDPA",
+    limits=("read",),
+    bytes=attention.cache_bytes,
+    shapes=("kv-cache",),
+)
 
 OPS = {
     "ssd_scan": SCAN,
@@ -187,6 +229,8 @@ OPS = {
     "ssd_update": UPDATE,
     "causal_conv1d_update": CONV_UPDATE,
     "mixer": MIXER,
+    "mma_attention": ATTENTION,
+    "mma_attention_decode": ATTENTION_DECODE,
 }
 
 

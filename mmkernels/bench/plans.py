@@ -11,7 +11,7 @@ DECODE = ("ssd_update", "causal_conv1d_update")
 EXTRAS = ("memory", "first_call")
 PARTS = (*OPS, *EXTRAS)
 # Left out of a quick look: compiling takes longer than everything else, and one call takes seconds.
-_SLOW = frozenset({"torch.compile, chunk 64", "torch.compile, chunk 128", "selective_scan_ref"})
+_SLOW = frozenset({"flex_attention", "torch.compile, chunk 64", "torch.compile, chunk 128", "selective_scan_ref"})
 _HEAVY = frozenset({"selective_scan_ref"})  # its memory grows with heads x tokens x dstate: gigabytes
 
 
@@ -57,13 +57,19 @@ def _cells(op: str, shapes: Sequence[str], lengths: Sequence[int], dtypes: Seque
 
 
 def _first_calls(threads: int, ops: Sequence[str]) -> tuple[Cell, ...]:
-    return tuple(Cell(op, "130m", 1 if op in DECODE else 512, "float32", threads) for op in ops if op != "mixer")
+    return tuple(
+        Cell(op, "130m", 1 if op in DECODE else 512, "float32", threads)
+        for op in ops
+        if "130m" in OPS[op].shapes and op != "mixer"
+    )
 
 
 def quick(threads: int) -> Plan:
     """Every op once at the smallest layer, less than 90 seconds."""
     ops = tuple(OPS)
     cells = [cell for op in ops for cell in _cells(op, ("130m",), (512,), ("float32",), (threads,))]
+    cells += _cells("mma_attention", ("aki",), (512,), ("float32",), (threads,))
+    cells += _cells("mma_attention_decode", ("kv-cache",), (8192,), ("bfloat16",), (threads,))
     return Plan(tuple(cells), (), _first_calls(threads, ("ssd_scan",)), _SLOW, rounds=3, budget=4.0, shortest=0.05)
 
 
@@ -71,6 +77,9 @@ def usual(threads: int) -> Plan:
     """Every op at two lengths of the smallest layer, both dtypes; a few minutes."""
     cells = [cell for op in OPS for cell in _cells(op, ("130m",), (512, 2048), DTYPES, (threads,))]
     cells += _cells("ssd_scan", ("130m",), (512,), ("float32",), (threads,), backward=True)
+    cells += _cells("mma_attention", ("aki",), (1024,), DTYPES, (threads,))
+    cells += _cells("mma_attention", ("aki",), (1024,), ("float32",), (threads,), backward=True)
+    cells += _cells("mma_attention_decode", ("kv-cache",), (8192, 32768), ("bfloat16",), (threads,))
     memory = (Cell("ssd_scan", "130m", 2048, "float32", threads),)
     return Plan(tuple(cells), memory, _first_calls(threads, tuple(OPS)), _SLOW)
 
@@ -109,12 +118,21 @@ def full(threads: int) -> Plan:
         *_cells("mixer", OPS["mixer"].shapes, (2048,), ("bfloat16",), (threads,)),
         *_cells("mixer", ("130m",), (2048,), ("float32",), one),
     ]
+    attention = [
+        *_cells("mma_attention", ("aki", "aki-d128", "bidir"), (1024,), DTYPES, both),
+        *_cells("mma_attention", ("aki-d128", "aki-short-d128", "bidir-d128"), (4096,), ("float32",), (threads,)),
+        *_cells("mma_attention", ("aki", "aki-d128"), (1024,), ("float32",), both, backward=True),
+        *_cells("mma_attention", ("aki-d128", "aki-short-d128"), (4096,), ("float32",), (threads,), backward=True),
+        *_cells("mma_attention_decode", ("kv-cache",), (8192, 32768, 105472), ("bfloat16",), both),
+    ]
     memory = (
+        *_cells("mma_attention", ("aki-d128",), (4096,), ("float32",), (threads,)),
+        *_cells("mma_attention", ("aki-d128",), (4096,), ("float32",), (threads,), backward=True),
         *_cells("ssd_scan", ("130m", "2.7b"), (2048,), ("float32",), (threads,)),
         *_cells("ssd_scan", ("130m",), (512,), ("float32",), (threads,), backward=True),
         *_cells("causal_conv1d", ("2.7b",), (2048,), ("float32",), (threads,)),
     )
-    return Plan(tuple(scan + streams + decode + mixer), memory, _first_calls(threads, tuple(OPS)))
+    return Plan(tuple(scan + streams + decode + mixer + attention), memory, _first_calls(threads, tuple(OPS)))
 
 
 def asked(

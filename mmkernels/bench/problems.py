@@ -279,7 +279,7 @@ def truth_of(problem: Problem, formula: Callable[[dict[str, Any]], Tensor]) -> T
     args = {k: wide(v) for k, v in problem.args.items()}
     if not problem.cell.backward:
         return formula(args)
-    double = Problem(problem.cell, {k: v.requires_grad_() for k, v in args.items()})
+    double = Problem(problem.cell, {k: v.requires_grad_() if isinstance(v, Tensor) else v for k, v in args.items()})
     prepared = backward_run(double, Prepared(lambda: formula(double.args)))
     return prepared.result(prepared.run())
 

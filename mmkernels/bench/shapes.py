@@ -22,6 +22,10 @@ class Shape:
     conv_dim: int
     conv_width: int
     batch: int = 1
+    # Attention: "aki", "bidirectional" or "cache" (ngroups are its key-value heads), and shares of the sequence.
+    mask: str = ""
+    image: float = 0.0
+    question: float = 0.0
     norm_per_head: bool = False  # mmMamba norms every head and gates afterwards; Mamba-2 gates, then norms all channels
 
     @property
@@ -37,6 +41,22 @@ SHAPES = {
     "mmmamba": Shape(16, 128, 128, 16, layers=32, conv_dim=4096, conv_width=2, norm_per_head=True),
     "training": Shape(4, 32, 32, 1, layers=4, conv_dim=256, conv_width=2, batch=64, norm_per_head=True),
 }
+
+
+def _attention(nheads: int, headdim: int, ngroups: int, mask: str, image: float = 0.0, question: float = 0.0) -> Shape:
+    return Shape(nheads, headdim, 0, ngroups, 1, conv_dim=0, conv_width=0, mask=mask, image=image, question=question)
+
+
+# Phi-3.5's 32 heads of 96 and Llama's of 128; 576 image tokens of 1024, the rest the question; 2880 of 4096 with 64.
+SHAPES |= {
+    "aki": _attention(32, 96, 32, "aki", 576 / 1024, 448 / 1024),
+    "aki-d128": _attention(32, 128, 32, "aki", 576 / 1024, 448 / 1024),
+    "aki-short-d128": _attention(32, 128, 32, "aki", 2880 / 4096, 64 / 4096),
+    "bidir": _attention(32, 96, 32, "bidirectional", 576 / 1024),
+    "bidir-d128": _attention(32, 128, 32, "bidirectional", 2880 / 4096),
+    "kv-cache": _attention(16, 128, 8, "cache"),
+}
+RECURRENT = tuple(name for name, shape in SHAPES.items() if not shape.mask)
 LAYERS = ("130m", "1.3b", "2.7b", "mmmamba")  # of models; "training" is a batch of short rows of a small one
 
 
@@ -68,6 +88,8 @@ class Cell:
         full = SHAPES[self.shape]
         if not self.tiny:
             return full
+        if full.mask:
+            return dataclasses.replace(full, nheads=4, ngroups=4 if full.nheads == full.ngroups else 2)
         groups = min(2, full.ngroups)
         heads, width = 2, 2 * full.headdim
         return dataclasses.replace(

@@ -18,6 +18,8 @@ TITLES = {
     "gated_rms_norm": "gated_rms_norm",
     "ssd_update": "ssd_update: one token, the states of all layers in rotation, per call",
     "causal_conv1d_update": "causal_conv1d_update: one token, the states of all layers in rotation, per call",
+    "mma_attention": "mma_attention: an image and the question it reads (aki), a bidirectional image (bidir)",
+    "mma_attention_decode": "mma_attention: one token over a cache of keys and values, its length behind",
     "mixer": "A Mamba-2 mixer between its two projections: convolution, scan, gate, norm",
 }
 
@@ -44,7 +46,10 @@ def _head(content: Mapping[str, Any]) -> str:
     dates = sorted({f["date"] for section in ("races", "memory", "first_call") for f in content[section].values()})
     commands = "\n".join(f"    {command}" for command in content["commands"])
     when = " to ".join(dict.fromkeys(dates[:1] + dates[-1:]))
-    layers = "; ".join(f"{name} H={s.nheads} P={s.headdim} N={s.dstate} G={s.ngroups}" for name, s in SHAPES.items())
+    layers = "; ".join(
+        f"{name} H={s.nheads} P={s.headdim} N={s.dstate} G={s.ngroups}" for name, s in SHAPES.items() if not s.mask
+    )
+    attention = "; ".join(f"{n} H={s.nheads}/{s.ngroups} D={s.headdim}" for n, s in SHAPES.items() if s.mask)
     return f"""# The ops on a CPU, raced
 
 {machine["processor"]}, {machine["processors"]} processors; {versions}; {when}.
@@ -55,7 +60,7 @@ Medians of interleaved samples in one process.  Every contestant was checked aga
 result, or its gradients) and one that is wrong is not timed.  Samples during which other processes used more than
 {FOREIGN_SHARE:.0%} of a processor that the contestant needed are dropped.  Marks: `!` no clean sample, `~` half the
 range over {WIDE_SPREAD:.0%} of the median, `1` a single sample (one call took its whole share of the time).
-Layers: {layers}."""
+Layers: {layers}; {attention}."""
 
 
 def _groups(races: Races) -> list[list[Cell]]:

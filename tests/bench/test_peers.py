@@ -15,14 +15,14 @@ from mmkernels.bench.problems import Contestant, Prepared, Unavailable
 from mmkernels.bench.shapes import Cell
 
 # Fetched over the network, or compiled for many seconds: test_fetched_and_compiled_peers takes them.
-HEAVY = ("torch.compile", "ssd_", "torchmamba", "selective_scan_ref")
+HEAVY = ("flex_attention", "torch.compile", "ssd_", "torchmamba", "selective_scan_ref")
 DECODE = ("ssd_update", "causal_conv1d_update")
 
 
 def cells(backward=False):
     for op, race in OPS.items():
-        for shape in ("130m", "mmmamba", "training"):
-            if shape in race.shapes and not (backward and (op in DECODE or op == "mixer")):
+        for shape in ("130m", "mmmamba", "training", "aki", "aki-short-d128", "bidir", "kv-cache"):
+            if shape in race.shapes and not (backward and (op in DECODE or op in ("mixer", "mma_attention_decode"))):
                 length = 1 if op in DECODE else 20 if shape == "training" else 512
                 yield Cell(op, shape, length, backward=backward)
 

@@ -259,6 +259,10 @@ def test_second_derivatives_when_keys_come_from_queries(backend):
         return mma_attention(x, x.sin(), (x * x).cos(), backend=backend)
 
     assert torch.autograd.gradgradcheck(function, (x,))
+    # and the gradient that can be differentiated is the gradient: k's own dependence on q counts once
+    (plain,) = torch.autograd.grad(function(x).square().sum(), x)
+    (again,) = torch.autograd.grad(function(x).square().sum(), x, create_graph=True)
+    torch.testing.assert_close(again, plain, **EXACT)
 
 
 def test_autocast_leaves_the_arguments_in_charge():
