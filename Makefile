@@ -38,6 +38,7 @@ bench: $(VENV)/.ready-test
 
 gpu: $(VENV)/.ready-test
 	$(BIN)/python -m pytest -m gpu
+	$(BIN)/python -m pytest tests/triton -m "not gpu"
 	$(BIN)/python -m pytest benchmarks/ops --benchmark-only -m gpu
 
 $(VENV)/bin/python:
