@@ -367,15 +367,15 @@ def test_a_second_turn_continues_on_the_cache():
 def test_a_second_turn_after_left_padding():
     # The padding of the call is the end of the attention mask, not its beginning.
     model, turn = mutual(), [IMAGE, IMAGE, 50, 51, TAG]
-    first = torch.tensor([[0, 0, *PROMPT], [1, IMAGE, IMAGE, 40, 41, 42, 43, 44, 45, 46, 47, TAG]])
+    first = torch.tensor([[0, 0, 0, 0, *PROMPT], [1, IMAGE, IMAGE, *range(40, 50), TAG]])
     whole = torch.cat([first, torch.tensor([turn, turn])], 1)
     mask = (whole != 0).long()
     position = (mask.cumsum(1) - 1).clamp(min=0)
-    cached = model(first, attention_mask=mask[:, :12], position_ids=position[:, :12], use_cache=True)
+    cached = model(first, attention_mask=mask[:, :14], position_ids=position[:, :14], use_cache=True)
     second = model(
-        whole[:, 12:], attention_mask=mask, position_ids=position[:, 12:], past_key_values=cached.past_key_values
+        whole[:, 14:], attention_mask=mask, position_ids=position[:, 14:], past_key_values=cached.past_key_values
     )
-    expected = model(whole, attention_mask=mask, position_ids=position).logits[:, 12:]
+    expected = model(whole, attention_mask=mask, position_ids=position).logits[:, 14:]
     torch.testing.assert_close(second.logits, expected, rtol=1e-4, atol=1e-4)
 
 
