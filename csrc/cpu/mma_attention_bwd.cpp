@@ -11,9 +11,6 @@ namespace mmkernels::MMK_ISA_NS {
 
 namespace {
 
-// Keys of a block: with headdim 128, 4 x 128 KiB of keys, values and their gradients stay in the second-level cache.
-inline constexpr int64_t kBackwardBlock = 256;
-
 // What a row subtracts from its scores before 2^x: lse in base 2; infinity for a row without keys, whose p are then 0.
 template <class A>
 A shift_of(A lse) {
@@ -34,10 +31,10 @@ struct Backward {
   A *grad_q, *grad_k, *grad_v;      // sums: of a query head, and of the head of keys
   Rows96* rows;
   Mask<A>* mask;
-  bool packed[kBackwardBlock / kKeyTile];
+  bool packed[kKeyBlock / kKeyTile];
 
   Backward(Arena& arena, const AttentionBackward& call) : a(call), width(padded<A>(a.headdim)) {
-    const int64_t block = least(kBackwardBlock, a.klen);
+    const int64_t block = least(kKeyBlock, a.klen);
     keys = arena.take<A>(block * width), values = arena.take<A>(block * width);
     A** const turned[] = {&turned_q, &turned_g};
     for (A** one : turned) *one = arena.take<A>(a.headdim * kQueryTile);
@@ -56,11 +53,11 @@ struct Backward {
     const int64_t group = a.heads / a.kv_heads;
     for (int64_t h = 0; h < group; ++h) {
       clear(grad_q, a.qlen);
-      for (int64_t block = 0; block < a.klen; block += kBackwardBlock) {
+      for (int64_t block = 0; block < a.klen; block += kKeyBlock) {
         for (bool& done : packed) done = false;
         for (int64_t r = 0; r < a.qlen; r += kQueryTile) {
           rows->take(a, task.batch, task.kv_head, h * a.qlen + r, least(kQueryTile, a.qlen - r));
-          one_tile(task, r, block, least(block + kBackwardBlock, a.klen));
+          one_tile(task, r, block, least(block + kKeyBlock, a.klen));
         }
       }
       write(grad_q, a.qlen, a.scale, a.grad_q, a.heads, task.batch, task.kv_head * group + h);

@@ -29,7 +29,7 @@ template <class T>
 struct Few {
   using A = Arithmetic<T>;
   using V = Vec<A>;
-  static constexpr int64_t kPair = 2 * V::size;
+  static constexpr int64_t kPair = 2 * V::size, kAhead = 16;
 
   const AttentionForward& a;
   int64_t width, pairs;  // elements of a padded row; those of them that are read in pairs, as vectors
@@ -60,15 +60,14 @@ struct Few {
     rows->take(a, task.batch, task.kv_head, task.begin, task.rows);
     for (int64_t key = task.first_key; key < task.last_key; key += kKeyTile) {
       const int64_t n = least(kKeyTile, task.last_key - key);
-      if (!mask->open(a, *rows, key, n)) continue;
+      if (!mask->any(a, *rows, key, n)) continue;
+      if (!mask->full) mask->enclose(*rows);
       const Part live = mask->keys_part(0, task.rows);
       for (int64_t h = 0; h < task.kv_heads; ++h) {
         const T* k = at<T>(a.k, task.batch, key, task.kv_head + h);
         const T* v = at<T>(a.v, task.batch, key, task.kv_head + h);
-        fetch(k + n * a.k.token, a.k.token, least(kKeyTile, task.last_key - key - n));
         by_rows(task.rows, [&](int64_t r, auto some) { score<decltype(some)::value>(h * task.rows + r, r, k, live); });
         for (int64_t r = 0; r < task.rows; ++r) soften(h * task.rows + r, r, live);
-        fetch(v + n * a.v.token, a.v.token, least(kKeyTile, task.last_key - key - n));
         by_rows(task.rows, [&](int64_t r, auto some) { sum<decltype(some)::value>(h * task.rows + r, r, v, live); });
       }
     }
@@ -84,12 +83,11 @@ struct Few {
     if (r < count) work(r, Constant<1>{});
   }
 
-  // Into the second-level cache what is read one tile later.
-  MMK_INLINE void fetch(const T* from, int64_t step, int64_t count) const {
-    constexpr int64_t line = 64 / sizeof(T);
-    for (int64_t j = 0; j < count; ++j, from += step) {
-      for (int64_t i = 0; i < a.headdim; i += line) __builtin_prefetch(from + i, 0, 2);
-    }
+  // Asks for what is read kAhead keys later, into the second-level cache.  One request beside each read: many at once
+  // would wait for each other.
+  static MMK_INLINE void fetch(const T* from, int64_t step) {
+    const uintptr_t place = reinterpret_cast<uintptr_t>(from) + static_cast<uintptr_t>(step * kAhead) * sizeof(T);
+    for (size_t i = 0; i < kPair * sizeof(T); i += 64) __builtin_prefetch(reinterpret_cast<const void*>(place + i), 0, 2);
   }
 
   void load_query(const AttentionTask& task, int64_t r) {
@@ -110,7 +108,7 @@ struct Few {
 
   // Scores of R rows and the live keys.  V::size dot products at a time, whose lanes are then added together.
   template <int R>
-  MMK_INLINE void score(int64_t state, int64_t r, const T* k, const Part& live) {
+  __attribute__((noinline)) void score(int64_t state, int64_t r, const T* k, const Part& live) {
     constexpr int some = V::size / R > 0 ? V::size / R : 1, dots = some * R;
     const A* q = queries + state * width;
     for (int64_t key = live.from; key < live.to; key += some) {
@@ -118,16 +116,26 @@ struct Few {
       // Behind the last live key the last one again: nobody reads the score.
       for (int j = 0; j < some; ++j) from[j] = k + least(key + j, live.to - 1) * a.k.token;
       V sums[dots > V::size ? dots : V::size];
-      for (int64_t i = 0; i < pairs; i += 2) {
-#pragma GCC unroll 16
-        for (int j = 0; j < some; ++j) {
-          const Pair<A, T> two(from[j] + i * V::size);
+      // A few keys at a time, so that memory is read nearly in order.
+      constexpr int step = some < 4 ? some : 4;
+      for (int j0 = 0; j0 < some; j0 += step) {
+        V dot[step][R];
+        for (int64_t i = 0; i < pairs; i += 2) {
 #pragma GCC unroll 4
-          for (int x = 0; x < R; ++x) {
-            V& sum = sums[x * some + j];
-            sum = fma(two.first, V::load(q + x * width + i * V::size), sum);
-            sum = fma(two.second, V::load(q + x * width + (i + 1) * V::size), sum);
+          for (int j = 0; j < step; ++j) {
+            fetch(from[j0 + j] + i * V::size, a.k.token);
+            const Pair<A, T> two(from[j0 + j] + i * V::size);
+#pragma GCC unroll 4
+            for (int x = 0; x < R; ++x) {
+              dot[j][x] = fma(two.first, V::load(q + x * width + i * V::size), dot[j][x]);
+              dot[j][x] = fma(two.second, V::load(q + x * width + (i + 1) * V::size), dot[j][x]);
+            }
           }
+        }
+#pragma GCC unroll 4
+        for (int j = 0; j < step; ++j) {
+#pragma GCC unroll 4
+          for (int x = 0; x < R; ++x) sums[x * some + j0 + j] = dot[j][x];
         }
       }
       for (int64_t i = pairs * V::size; i < a.headdim; i += V::size) {
@@ -203,8 +211,9 @@ struct Few {
     }
   }
 
+  // Not inline: it needs every register.
   template <int R, int N>
-  MMK_INLINE void sum_pairs(A* o, const A* p, const T* v, const Part& live) {
+  __attribute__((noinline)) void sum_pairs(A* o, const A* p, const T* v, const Part& live) {
     V sums[R][N];
 #pragma GCC unroll 4
     for (int x = 0; x < R; ++x) {
@@ -218,6 +227,7 @@ struct Few {
       for (int x = 0; x < R; ++x) share[x] = V(p[x * kKeyTile + j]);
 #pragma GCC unroll 4
       for (int n = 0; n < N; n += 2) {
+        fetch(from + n * V::size, a.v.token);
         const Pair<A, T> two(from + n * V::size);
 #pragma GCC unroll 4
         for (int x = 0; x < R; ++x) {

@@ -17,8 +17,8 @@ namespace {
 // fit L1 beside what multiplies them.
 inline constexpr int64_t kQueryTile = 96;
 inline constexpr int64_t kKeyTile = 64;
-// Keys packed at once: with headdim 128, 2 x 256 KiB of the second-level cache.
-inline constexpr int64_t kKeyBlock = 512;
+// Keys packed at once: with headdim 128, 2 x 128 KiB of the second-level cache.
+inline constexpr int64_t kKeyBlock = 256;
 
 inline constexpr double kLog2E = 1.4426950408889634, kLn2 = 0.6931471805599453;
 
@@ -175,6 +175,13 @@ struct Mask {
 
   // False if the tile of keys first .. first + n has no live score for these rows.
   bool open(const Attention& call, const Rows96& rows, int64_t first, int64_t n) {
+    const bool live = any(call, rows, first, n);
+    if (live) enclose(rows);
+    return live;
+  }
+
+  // The same, without lo and hi.
+  bool any(const Attention& call, const Rows96& rows, int64_t first, int64_t n) {
     a = &call, first_key = first, keys = n;
     hits = call.rects + call.rects_before[rows.batch];
     hit_count = call.rects_before[rows.batch + 1] - call.rects_before[rows.batch];
@@ -187,7 +194,6 @@ struct Mask {
       const bool all_rows = rect.q0 <= rows.first_token && rect.q1 > rows.last_token;
       full = full || (all_rows && rect.k0 <= first && rect.k1 >= first + n);
     }
-    if (live) enclose(rows);
     return live;
   }
 

@@ -18,8 +18,9 @@ using MaybeTensor = std::optional<Tensor>;
 
 // At most so many query rows of all heads that share keys are `few`: dot products then beat register tiles.
 constexpr int64_t kFewRows = 16;
-// Rows of a task: several tiles, so that packing keys costs little; and so many tasks that threads are kept busy.
-constexpr int64_t kTile = 96, kMostRows = 10 * kTile, kFewestRows = 2 * kTile, kTasks = 32;
+// Rows of a task: several tiles, so that packing keys costs little, but no more sums than stay in cache beside the keys;
+// and so many tasks that threads are kept busy.
+constexpr int64_t kTile = 96, kMostRows = 5 * kTile, kFewestRows = 2 * kTile, kTasks = 32;
 // Keys of a stretch, when rows alone give too few tasks: longer than what joining the stretches costs.
 constexpr int64_t kSplitKeys = 1024, kFewSplitKeys = 256, kMassKeys = 512;
 // Multiply-adds (about 100 us) below which waking a thread costs more than it saves.
