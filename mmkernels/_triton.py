@@ -142,14 +142,19 @@ def launch(kernel: Any, grid: tuple[int, ...], config: Config, *args: Any, **con
     """
     if 0 in grid:
         return
-    # Contraction into fused multiply-adds is on by default up to Triton 3.9 and off after it: say what we tested.
-    options = {"num_warps": config.warps, "num_stages": config.stages, "enable_fp_fusion": True}
+    keywords = {**config.blocks, **constants, **options(config)}
     device = next(a.device for a in args if isinstance(a, Tensor))
     if device.type != "cuda":
-        kernel[grid](*args, **config.blocks, **constants, **options)
+        kernel[grid](*args, **keywords)
         return
     with torch.cuda.device(device):
-        kernel[grid](*args, **config.blocks, **constants, **options)
+        kernel[grid](*args, **keywords)
+
+
+def options(config: Config) -> dict[str, Any]:
+    """What the compiler is told with every launch."""
+    # Contraction into fused multiply-adds is on by default up to Triton 3.9 and off after it: say what we tested.
+    return {"num_warps": config.warps, "num_stages": config.stages, "enable_fp_fusion": True}
 
 
 def define(name: str, schema: str, implementation: Callable[..., Any]) -> torch._ops.OpOverload:

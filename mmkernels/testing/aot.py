@@ -114,8 +114,7 @@ def measure(specimen: Specimen, architecture: Architecture, op: str) -> Budget:
     # As at a launch: fresh tensors are aligned to 16 bytes, and that is what lets loads be vectorised.
     attributes = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if signature[n].startswith("*")}
     source = ASTSource(specimen.kernel, signature, {(names.index(n),): v for n, v in constants.items()}, attributes)
-    options = {"num_warps": config.warps, "num_stages": config.stages, "enable_fp_fusion": True}
-    compiled = triton.compile(source, target=architecture.target, options=options)
+    compiled = triton.compile(source, target=architecture.target, options=_triton.options(config))
     registers, spilled = _resources(compiled.asm)
     return Budget(
         op=op,

@@ -3,7 +3,7 @@
     python -m mmkernels.testing.rehearsal --arch sm_90 --only causal_conv1d
 
 The interpreter accepts what the compiler refuses, and the specimens of mmkernels.testing.aot are a selection; this
-takes the arguments of real calls, forward and backward, as a launch would specialise them.  In a process of its own:
+gives Triton the arguments of real calls, forward and backward, and stops before the launch.  In a process of its own:
 the interpreter must be off, and the backends are told that there is a device.
 """
 
@@ -12,7 +12,6 @@ import sys
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from mmkernels import _triton
 from mmkernels._triton import Config
@@ -20,85 +19,53 @@ from mmkernels.testing import CASES
 from mmkernels.testing.aot import ARCHITECTURES, narrow_offsets
 from mmkernels.testing.contract import forward_backward
 
-_POINTERS = {
-    torch.float32: "*fp32",
-    torch.float64: "*fp64",
-    torch.float16: "*fp16",
-    torch.bfloat16: "*bf16",
-    torch.int32: "*i32",
-    torch.int64: "*i64",
-    torch.bool: "*i1",
-    torch.uint8: "*u8",
-    torch.int8: "*i8",
-}
+
+class _AbsentDevice:
+    """As much of a Triton driver as binding arguments and compiling ask for."""
+
+    def __init__(self, target: Any):
+        self.target = target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> Any:
+        return self.target
 
 
 class Rehearsal:
-    """Stands in for `_triton.launch`; compiles each distinct kernel once and remembers what was wrong.
+    """Stands in for `_triton.launch`: Triton binds and specialises the arguments, compiles, and does not launch.
 
     Args:
         architecture: a name of ARCHITECTURES.
     """
 
     def __init__(self, architecture: str):
-        self.target = ARCHITECTURES[architecture].target
-        self.compiled: dict[tuple[Any, ...], None] = {}
+        from triton.runtime import driver
+
+        driver.set_active(_AbsentDevice(ARCHITECTURES[architecture].target))
+        self.compiled: set[str] = set()
         self.faults: list[str] = []
         self.case = ""
 
     def launch(self, kernel: Any, grid: tuple[int, ...], config: Config, *args: Any, **constants: Any) -> None:
         """As `_triton.launch`, up to the launch itself."""
-        if 0 in grid:
-            return
-        names = kernel.arg_names
-        values = dict(zip(names, args, strict=False)) | {**config.blocks, **constants}
-        unknown, missing = set(values) - set(names), [n for n in names if n not in values]
-        missing = [n for n in missing if kernel.signature.parameters[n].default is kernel.signature.empty]
-        if unknown or missing:
-            self.faults.append(f"{self.case}: {kernel.__name__}: unknown {sorted(unknown)}, missing {missing}")
-            return
-        signature, constexprs, attributes = _specialised(kernel, values)
-        key = (kernel.__name__, kernel.__module__, str(signature), str(constexprs), str(attributes), str(config))
-        if key not in self.compiled:
-            self.compiled[key] = None
-            self._compile(kernel, signature, constexprs, attributes, config)
-
-    def _compile(self, kernel: Any, signature: Any, constexprs: Any, attributes: Any, config: Config) -> None:
-        import triton
-        from triton.compiler import ASTSource
         from triton.compiler.errors import CompilationError
 
-        options = {"num_warps": config.warps, "num_stages": config.stages, "enable_fp_fusion": True}
-        source = ASTSource(kernel, signature, constexprs, attributes)
+        if 0 in grid:
+            return
         try:
-            ttir = triton.compile(source, target=self.target, options=options).asm["ttir"]
-        except (CompilationError, RuntimeError) as error:  # what the front end and the passes raise
+            found = kernel.warmup(*args, grid=grid, **config.blocks, **constants, **_triton.options(config))
+        except (CompilationError, RuntimeError, TypeError, KeyError) as error:  # of binding, front end and passes
             self.faults.append(f"{self.case}: {kernel.__name__} does not compile: {error}")
             return
-        self.faults += [f"{self.case}: {kernel.__name__}: narrow offset {line}" for line in narrow_offsets(ttir)]
-
-
-def _specialised(kernel: Any, values: dict[str, Any]) -> tuple[dict[str, str], dict[Any, Any], dict[Any, Any]]:
-    """(types, compile-time values, alignment), as Triton's launcher derives them from arguments."""
-    signature: dict[str, str] = {}
-    constexprs: dict[Any, Any] = {}
-    attributes: dict[Any, Any] = {}
-    for i, parameter in enumerate(kernel.params):
-        value = values.get(parameter.name, parameter.default)
-        special = not parameter.do_not_specialize
-        if parameter.is_constexpr or value is None or (special and type(value) is int and value == 1):
-            signature[parameter.name], constexprs[(i,)] = "constexpr", value
-        elif isinstance(value, Tensor):
-            signature[parameter.name] = _POINTERS[value.dtype]
-            if value.data_ptr() % 16 == 0:
-                attributes[(i,)] = [["tt.divisibility", 16]]
-        elif isinstance(value, float):
-            signature[parameter.name] = "fp32"
-        else:
-            signature[parameter.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-            if special and value % 16 == 0:
-                attributes[(i,)] = [["tt.divisibility", 16]]
-    return signature, constexprs, attributes
+        if found.hash not in self.compiled:
+            self.compiled.add(found.hash)
+            narrow = narrow_offsets(found.asm["ttir"])
+            self.faults += [f"{self.case}: {kernel.__name__}: narrow offset {line}" for line in narrow]
 
 
 def rehearse(architecture: str, only: str = "", dtypes: tuple[torch.dtype, ...] = (torch.bfloat16,)) -> Rehearsal:

@@ -44,7 +44,7 @@ for block, wide in ((16, True), (16, False), (12, True)):
     rehearsal.launch(kernel, (1,), Config({"BLOCK": block}), x, x, 5, 7, WIDE=wide)
     print(len(rehearsal.compiled), [f.split(": ")[1][:22] for f in rehearsal.faults])
 rehearsal.launch(kernel, (1,), Config({"BLOCKS": 16}), x, x, 5, 7, WIDE=wide)
-print(rehearsal.faults[-1])
+print("BLOCK" in rehearsal.faults[-1])
 """
 
 
@@ -56,6 +56,6 @@ def test_what_does_not_compile_is_noticed(tmp_path):
     assert out.splitlines() == [
         "1 []",
         "1 ['kernel']",
-        "1 ['kernel does not compil']",
-        ": kernel: unknown ['BLOCKS'], missing ['BLOCK']",
+        "0 ['kernel does not compil']",
+        "True",
     ]
