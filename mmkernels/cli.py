@@ -65,12 +65,15 @@ def _parser() -> argparse.ArgumentParser:
     distill.add_argument("--resume", action="store_true", help="continue from the last checkpoint in --out")
     distill.set_defaults(run=_distill)
 
-    convert = commands.add_parser("convert", help="convert HoVLE and mmMamba checkpoints, both ways, strictly")
+    convert = commands.add_parser("convert", help="convert HoVLE, mmMamba and AKI checkpoints, both ways, strictly")
+    convert.add_argument("--model", default="mmmamba", choices=("mmmamba", "aki"), help="whose checkpoint it is")
     convert.add_argument("source", type=Path, nargs="+", help="file or folder; training files stage by stage")
     convert.add_argument("destination", type=Path, help="folder (or .pt file) to write")
-    convert.add_argument("--layout", default="auto", help="of the source: hovle, mmmamba, training, mmkernels or auto")
+    convert.add_argument(
+        "--layout", default="auto", help="of the source: hovle, mmmamba, aki, training, mmkernels or auto"
+    )
     convert.add_argument("--to", default="mmkernels", help="mmkernels, official or training")
-    convert.add_argument("--base", type=Path, help="the teacher that training files belong to")
+    convert.add_argument("--base", type=Path, help="the teacher, or the tower, that training files belong to")
     convert.add_argument("--stage", type=int, default=3, help="with --to training: whose tensors are written")
     convert.add_argument("--overwrite", action="store_true", help="replace an existing destination")
     convert.set_defaults(run=_convert)
@@ -141,6 +144,8 @@ def _distill(arguments: argparse.Namespace) -> int:
 
 
 def _convert(arguments: argparse.Namespace) -> int:
+    if arguments.model == "aki":
+        return _convert_aki(arguments)
     from mmkernels.models.mmmamba.convert_mmmamba import convert_checkpoint
 
     convert_checkpoint(
@@ -150,6 +155,26 @@ def _convert(arguments: argparse.Namespace) -> int:
         to=arguments.to,
         base=arguments.base,
         stage=arguments.stage,
+        overwrite=arguments.overwrite,
+    )
+    print(f"wrote {arguments.destination}")
+    return 0
+
+
+def _convert_aki(arguments: argparse.Namespace) -> int:
+    from mmkernels.errors import ConfigError
+    from mmkernels.models.aki.convert_aki import convert_checkpoint
+
+    if len(arguments.source) != 1:
+        raise ConfigError(
+            f"convert: AKI needs one source; got {len(arguments.source)}. Its training files hold the whole decoder."
+        )
+    convert_checkpoint(
+        arguments.source[0],
+        arguments.destination,
+        layout=arguments.layout,
+        to=arguments.to,
+        base=arguments.base,
         overwrite=arguments.overwrite,
     )
     print(f"wrote {arguments.destination}")

@@ -90,15 +90,19 @@ def make_modality_mutual(
             f"make_modality_mutual: {type(model).__name__} must use transformers' attention interface; it does not. "
             "Pass a decoder such as Llama, Qwen2 or Phi-3."
         )
-    if not isinstance(model, _ModalityMutual):
+    if not isinstance(model, ModalityMutual):
         model.__class__ = _subclass(type(model))
     model.set_attn_implementation(NAME)
     model.config.modality_mutual = asdict(settings)
     return model
 
 
-class _ModalityMutual:
-    """What make_modality_mutual puts in front of a model class: spans found before `forward`, checked in `generate`."""
+class ModalityMutual:
+    """What make_modality_mutual puts in front of a model class: spans found before `forward`, checked in `generate`.
+
+    A model class written for it lists it as its first base, has `config.modality_mutual` (the settings as a dict) and
+    calls `forward_with_spans` from its `forward`.
+    """
 
     config: Any
 
@@ -148,7 +152,7 @@ def _subclass(base: type) -> type:
         **kwargs: Any,
     ) -> Any:
         given = {**dict(zip(names, args, strict=False)), **kwargs}
-        return _forward(self, stock, given, mm_token_type_ids, context_mask)
+        return forward_with_spans(self, stock, given, mm_token_type_ids, context_mask)
 
     added = [inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY) for n in ("mm_token_type_ids", "context_mask")]
     added = [p.replace(default=None, annotation=Tensor | None) for p in added if p.name not in parameters]
@@ -157,16 +161,25 @@ def _subclass(base: type) -> type:
     forward.__signature__ = inspect.Signature([*own, *added, *rest])  # type: ignore[attr-defined]
     forward.__doc__ = stock.__doc__
     members = {"forward": forward, "__module__": base.__module__, "__qualname__": base.__qualname__}
-    return type(base.__name__, (_ModalityMutual, base), members)
+    return type(base.__name__, (ModalityMutual, base), members)
 
 
 # Caches whose last prompt chunk ended in an image without a question: text in front of a prompt end must not follow.
 _waiting: "WeakSet[Any]" = WeakSet()
 
 
-def _forward(
+def forward_with_spans(
     model: Any, stock: Callable[..., Any], given: dict[str, Any], types: Tensor | None, context: Tensor | None
 ) -> Any:
+    """Find the spans of a call and hand them to `stock(model, **given)` as the keyword `mma_spans`.
+
+    Args:
+        model: a decoder, or a model around one, that passes keywords on to its attention layers.
+        stock: its forward pass.
+        given: the arguments of the call by name.
+        types: mm_token_type_ids, see `build_mutual_spans`.
+        context: context_mask, see `build_mutual_spans`.
+    """
     settings = MutualSettings(**model.config.modality_mutual)
     ids, cache = given.get("input_ids"), given.get("past_key_values")
     past, padding = cached_tokens(cache), given.get("attention_mask")

@@ -2,6 +2,7 @@
 
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor
 
+from mmkernels.models.common.images import load_image
 from mmkernels.models.mmmamba.configuration_mmmamba import MMMambaConfig, head_interleaved, layer_types_keeping
 from mmkernels.models.mmmamba.convert_mmmamba import convert_checkpoint, load_checkpoint
 from mmkernels.models.mmmamba.modeling_mmmamba import (
@@ -10,7 +11,7 @@ from mmkernels.models.mmmamba.modeling_mmmamba import (
     MMMambaPreTrainedModel,
 )
 from mmkernels.models.mmmamba.processing_mmmamba import MMMambaProcessor
-from mmkernels.models.mmmamba.tiling_mmmamba import ImageTiler, load_image
+from mmkernels.models.mmmamba.tiling_mmmamba import ImageTiler
 
 AutoConfig.register(MMMambaConfig.model_type, MMMambaConfig)
 AutoModel.register(MMMambaConfig, MMMambaModel)
