@@ -96,7 +96,7 @@ class Verified:
                 made.append((value.shape, value.dtype, value.device))
             elif value is None or kind is bool or kind is str or kind is float or kind is int:
                 made.append(value if kind is not bool else (kind, value))  # True == 1, but is no number
-            elif kind is tuple and all(type(item) is float for item in value):
+            elif kind is tuple and all(type(item) is float or type(item) is int for item in value):
                 made.append(value)
             else:
                 return None
