@@ -34,6 +34,7 @@ struct Few {
   const AttentionForward& a;
   int64_t width, pairs;  // elements of a padded row; those of them that are read in pairs, as vectors
   int64_t held;          // rows of state: those of all heads of a task
+  int64_t together, now;  // the task's heads, and the one at work
   A *queries, *out, *top, *total, *scores;  // total: a vector a row; scores: [row][key]
   Rows96* rows;
   Mask<A>* mask;
@@ -50,6 +51,7 @@ struct Few {
 
   void run(const AttentionTask& task) {
     const int64_t all = task.kv_heads * task.rows;
+    together = task.kv_heads;
     for (int64_t r = 0; r < all; ++r) {
       top[r] = -static_cast<A>(__builtin_inf());
       V().store(total + r * V::size);
@@ -64,6 +66,7 @@ struct Few {
       if (!mask->full) mask->enclose(*rows);
       const Part live = mask->keys_part(0, task.rows);
       for (int64_t h = 0; h < task.kv_heads; ++h) {
+        now = h;
         const T* k = at<T>(a.k, task.batch, key, task.kv_head + h);
         const T* v = at<T>(a.v, task.batch, key, task.kv_head + h);
         by_rows(task.rows, [&](int64_t r, auto some) { score<decltype(some)::value>(h * task.rows + r, r, k, live); });
@@ -83,10 +86,19 @@ struct Few {
     if (r < count) work(r, Constant<1>{});
   }
 
-  // Asks for what is read kAhead keys later, into the second-level cache.  One request beside each read: many at once
-  // would wait for each other.
-  static MMK_INLINE void fetch(const T* from, int64_t step) {
-    const uintptr_t place = reinterpret_cast<uintptr_t>(from) + static_cast<uintptr_t>(step * kAhead) * sizeof(T);
+  // Where to ask for memory while key j of a tile is read, the tile being that of the task's head h: of one head kAhead
+  // keys later; of several that lie side by side one tile later, all of it in the order of memory.
+  MMK_INLINE uintptr_t soon(const AttentionIn& in, const T* key, int64_t j) const {
+    int64_t distance = (j + kAhead) * in.token;
+    if (together > 1) {
+      const int64_t number = now * kKeyTile + j;
+      distance = (kKeyTile + number / together) * in.token + (number % together - now) * in.head;
+    }
+    return reinterpret_cast<uintptr_t>(key) + static_cast<uintptr_t>(distance) * sizeof(T);
+  }
+
+  // Into the second-level cache.  One request beside each read: many at once would wait for each other.
+  static MMK_INLINE void fetch(uintptr_t place) {
     for (size_t i = 0; i < kPair * sizeof(T); i += 64) __builtin_prefetch(reinterpret_cast<const void*>(place + i), 0, 2);
   }
 
@@ -120,10 +132,12 @@ struct Few {
       constexpr int step = some < 4 ? some : 4;
       for (int j0 = 0; j0 < some; j0 += step) {
         V dot[step][R];
+        uintptr_t ahead[step];
+        for (int j = 0; j < step; ++j) ahead[j] = soon(a.k, k, key + j0 + j);
         for (int64_t i = 0; i < pairs; i += 2) {
 #pragma GCC unroll 4
           for (int j = 0; j < step; ++j) {
-            fetch(from[j0 + j] + i * V::size, a.k.token);
+            fetch(ahead[j] + i * V::size * sizeof(T));
             const Pair<A, T> two(from[j0 + j] + i * V::size);
 #pragma GCC unroll 4
             for (int x = 0; x < R; ++x) {
@@ -222,12 +236,13 @@ struct Few {
     }
     for (int64_t j = live.from; j < live.to; ++j) {
       const T* from = v + j * a.v.token;
+      const uintptr_t ahead = soon(a.v, v, j);
       V share[R];
 #pragma GCC unroll 4
       for (int x = 0; x < R; ++x) share[x] = V(p[x * kKeyTile + j]);
 #pragma GCC unroll 4
       for (int n = 0; n < N; n += 2) {
-        fetch(from + n * V::size, a.v.token);
+        fetch(ahead + n * V::size * sizeof(T));
         const Pair<A, T> two(from + n * V::size);
 #pragma GCC unroll 4
         for (int x = 0; x < R; ++x) {
