@@ -56,6 +56,7 @@ class Specimen:
         types: Triton type of every run-time parameter: "*bf16", "fp32"; those left out are "i32".
         config: block sizes, warps and stages, from the function that the backend itself asks.
         constants: values of the other constexpr parameters, and of parameters a launch specialises (None, stride 1).
+        aligned: integer parameters that are multiples of 16, as strides of models are; a launch sees that by itself.
     """
 
     label: str
@@ -63,6 +64,7 @@ class Specimen:
     types: Mapping[str, str]
     config: Config
     constants: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    aligned: tuple[str, ...] = ()
 
 
 def interpreting() -> bool:

@@ -28,6 +28,9 @@ MODULES = (
     "mmkernels.ops.causal_conv1d._triton_kernels",
     "mmkernels.ops.causal_conv1d._triton_kernels_state",
     "mmkernels.ops.gated_rms_norm._triton_kernels",
+    "mmkernels.ops.ssd._triton_kernels_backward",
+    "mmkernels.ops.ssd._triton_kernels_forward",
+    "mmkernels.ops.ssd._triton_kernels_steps",
     "mmkernels.ops.ssd._triton_kernels_update",
 )
 
@@ -112,7 +115,8 @@ def measure(specimen: Specimen, architecture: Architecture, op: str) -> Budget:
     constants = {name: value for name, value in constants.items() if name not in unknown}
     signature = {n: "constexpr" if n in constants else specimen.types.get(n, "i32") for n in names}
     # As at a launch: fresh tensors are aligned to 16 bytes, and that is what lets loads be vectorised.
-    attributes = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if signature[n].startswith("*")}
+    aligned = {n for n in names if signature[n].startswith("*") or (n in specimen.aligned and n not in constants)}
+    attributes = {(names.index(n),): [["tt.divisibility", 16]] for n in sorted(aligned)}
     source = ASTSource(specimen.kernel, signature, {(names.index(n),): v for n, v in constants.items()}, attributes)
     compiled = triton.compile(source, target=architecture.target, options=_triton.options(config))
     registers, spilled = _resources(compiled.asm)

@@ -24,6 +24,7 @@ SSD_SCAN = Op(
     public="mmkernels.ops.ssd.api.ssd_scan",
     backends=[
         Backend("native", f"{_HERE}._native:ssd_scan", ("cpu",), untracked_transform, NATIVE_PROBE),
+        Backend("triton", f"{_HERE}._triton:ssd_scan", _triton.DEVICES, _triton.objections, _triton.PROBE),
         Backend("torch", f"{_HERE}._torch:ssd_scan"),
         Backend("reference", f"{_HERE}.reference:ssd_scan"),
     ],
