@@ -13,8 +13,8 @@ float32 states written, read, written and read, and C B^T in memory: 764 MB at Q
 Backward, six kernels, seven with a gate: steps, states forwards and backwards, (gradients through the gate,) inputs
 (dx, dD and the pieces of dA, head by head), keys (dB and dC, heads of a group summed in registers), step gradients; and
 sums over chunks and blocks of heads.  All is computed again from the inputs; kept between kernels are two states a
-chunk (64 tokens on sm_90 and sm_100, 16 or 32 elsewhere) and seven numbers a token and head.  Same shape, chunks of 64: each
-state is written once and read twice, 0.8 GB, of 1.4 GB in all: about what the classic split moves at 256.
+chunk (64 tokens on sm_90 and sm_100, 16 or 32 elsewhere) and seven numbers a token and head.  Same shape, chunks of 64:
+each state is written once and read twice, 0.8 GB, of 1.4 GB in all: about what the classic split moves at 256.
 
 Bytes are counted from the kernels, not measured.  No atomics: every sum has a fixed order.
 """
