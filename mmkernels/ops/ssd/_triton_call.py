@@ -129,7 +129,7 @@ def sizes(
                 "HEADS": min(heads // groups, SHARED_HEADS),
             },
             8,
-            1,
+            2 if architecture == "sm_100" and not small else 1,
         ),
         step_gradients=Config({"TOKENS": tile, "HEADS": block}, 4, 1),
     )
