@@ -285,13 +285,34 @@ template <> MMK_INLINE Vec<double> fma(Vec<double> a, Vec<double> b, Vec<double>
 #endif
 
 // The sum and the largest of all lanes, always in the same tree: lane i with lane i + size / 2, and so on.
-template <class T> MMK_INLINE T sum(Vec<T> a) {
-  T lane[Vec<T>::size];
-  a.store(lane);
-  for (int step = Vec<T>::size / 2; step > 0; step /= 2) {
-    for (int i = 0; i < step; ++i) lane[i] += lane[i + step];
+#if defined(__clang__)
+#define MMK_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define MMK_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, typename Vec<A>::Bits{__VA_ARGS__})
+#endif
+
+// Lane i of the result is lane i ^ step of a.
+template <int step, class A> MMK_INLINE Vec<A> swapped(Vec<A> a) {
+  constexpr int n = Vec<A>::size, s = step;
+  if constexpr (n == 2) {
+    return MMK_SHUFFLE(a.raw, a.raw, 0 ^ s, 1 ^ s);
+  } else if constexpr (n == 4) {
+    return MMK_SHUFFLE(a.raw, a.raw, 0 ^ s, 1 ^ s, 2 ^ s, 3 ^ s);
+  } else if constexpr (n == 8) {
+    return MMK_SHUFFLE(a.raw, a.raw, 0 ^ s, 1 ^ s, 2 ^ s, 3 ^ s, 4 ^ s, 5 ^ s, 6 ^ s, 7 ^ s);
+  } else {
+    return MMK_SHUFFLE(a.raw, a.raw, 0 ^ s, 1 ^ s, 2 ^ s, 3 ^ s, 4 ^ s, 5 ^ s, 6 ^ s, 7 ^ s, 8 ^ s, 9 ^ s, 10 ^ s,
+                       11 ^ s, 12 ^ s, 13 ^ s, 14 ^ s, 15 ^ s);
   }
-  return lane[0];
+}
+
+// A tree: halves, quarters, ... pairs.
+template <class T> MMK_INLINE T sum(Vec<T> a) {
+  if constexpr (Vec<T>::size > 8) a += swapped<8>(a);
+  if constexpr (Vec<T>::size > 4) a += swapped<4>(a);
+  if constexpr (Vec<T>::size > 2) a += swapped<2>(a);
+  a += swapped<1>(a);
+  return a.raw[0];
 }
 template <class T> MMK_INLINE T max_lane(Vec<T> a) {
   T lane[Vec<T>::size];

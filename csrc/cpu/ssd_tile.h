@@ -130,12 +130,6 @@ void multiply(const Product<A>& p) {
 
 // ---- transposes and sums ----------------------------------------------------------------------------------------------
 
-#if defined(__clang__)
-#define MMK_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
-#else
-#define MMK_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, typename Vec<A>::Bits{__VA_ARGS__})
-#endif
-
 // a0 b0 a1 b1 ..., the first half (low) or the second of it.
 template <bool low, class A>
 MMK_INLINE Vec<A> interleave(Vec<A> a, Vec<A> b) {

@@ -83,6 +83,16 @@ FAULTS = [
         "causal_conv1d_update",
         "one-token",
     ),
+    Fault("no bias", "decode_linear.cpp", "if (a.bias != nullptr) {", "if (false) {", "decode_linear", "one-row"),
+    Fault(
+        "the running sum is lost",
+        "mamba2_step.cpp",
+        "if (a.residual.data != nullptr) v +=",
+        "if (false) v +=",
+        "mamba2_step",
+        "block",
+    ),
+    Fault("rates grow", "mamba2_step.cpp", "(-exp(V::load", "(exp(V::load", "mamba2_step", "block"),
     Fault("no eps", "gated_rms_norm.cpp", "A(n) + eps", "A(n)", "gated_rms_norm", "one-dim"),
     Fault("the mean is added", "gated_rms_norm.cpp", "V(-mean)", "V(mean)", "gated_rms_norm", "plain"),
 ]
