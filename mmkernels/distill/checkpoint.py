@@ -7,13 +7,12 @@ import random
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mmkernels.distill.recipe import DistillRecipe
 from mmkernels.errors import CheckpointError
 
 FORMAT = 1
@@ -21,6 +20,14 @@ _TEMPORARY = ".unfinished-"
 _WEIGHTS, _STATE, _MANIFEST = "student.safetensors", "state.pt", "manifest.json"
 # fields that change what is written or printed, but not one number of the training
 _FREE_FIELDS = ("name", "about", "log_every", "checkpoint_every", "eval_every", "keep_checkpoints")
+
+
+class Recipe(Protocol):
+    """What a checkpoint remembers of a recipe: its plain values."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Nested dicts, lists, numbers and texts."""
+        ...
 
 
 @dataclass
@@ -64,7 +71,7 @@ def save_checkpoint(
     optimizer_state: dict[str, Any],
     progress: Progress,
     random_states: list[dict[str, Any]],
-    recipe: DistillRecipe,
+    recipe: Recipe,
     teacher: str,
     keep: int,
 ) -> Path:
@@ -74,7 +81,7 @@ def save_checkpoint(
         folder: holds the checkpoints, one directory `step-<global step>` each.
         student: all of its weights are written, frozen ones too, so that a checkpoint stands alone.
         optimizer_state, progress, random_states (one per process), recipe: the rest of the run.
-        teacher: its `fingerprint`.
+        teacher: its `fingerprint` (where there is no teacher: that of the model the run starts from).
         keep: how many finished checkpoints stay.
 
     Returns:
@@ -141,7 +148,7 @@ def fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()[:16]
 
 
-def read_manifest(checkpoint: Path, recipe: DistillRecipe, teacher: str) -> None:
+def read_manifest(checkpoint: Path, recipe: Recipe, teacher: str) -> None:
     """Checks that a checkpoint is whole and belongs to this recipe and teacher.
 
     Raises:

@@ -4,18 +4,17 @@ Source: mmMamba (arXiv 2502.13145) section 5.1 and the settings shipped with its
 """
 
 import dataclasses
-import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any
 
+from mmkernels._recipes import one_of, plain, read_fields, read_yaml, require
 from mmkernels.distill.linearize import parse_keep_attention
 from mmkernels.distill.losses import KL_REDUCTIONS, MASKS, MSE_REDUCTIONS
 from mmkernels.distill.seeding import STRATEGIES
 from mmkernels.distill.stages import TARGETS
-from mmkernels.errors import ConfigError, nearest
 
 LOSSES = ("layer_mse", "logit_kl")
 PRECISIONS = ("fp32", "bf16")
@@ -78,26 +77,26 @@ class StageConfig:
 
     def __post_init__(self) -> None:
         where = f"StageConfig {self.name!r}"
-        _one_of(where, "loss", self.loss, LOSSES)
-        _one_of(where, "target", self.target, TARGETS)
-        _one_of(where, "mse_reduction", self.mse_reduction, MSE_REDUCTIONS)
-        _one_of(where, "kl_reduction", self.kl_reduction, KL_REDUCTIONS)
-        _one_of(where, "mask", self.mask, MASKS)
-        _require(where, "trainable", self.trainable, bool(self.trainable), "name at least one set of parameters")
+        one_of(where, "loss", self.loss, LOSSES)
+        one_of(where, "target", self.target, TARGETS)
+        one_of(where, "mse_reduction", self.mse_reduction, MSE_REDUCTIONS)
+        one_of(where, "kl_reduction", self.kl_reduction, KL_REDUCTIONS)
+        one_of(where, "mask", self.mask, MASKS)
+        require(where, "trainable", self.trainable, bool(self.trainable), "name at least one set of parameters")
         for name in ("lr", "eps", "loss_scale", "temperature"):
-            _require(where, name, getattr(self, name), getattr(self, name) > 0, "be positive")
+            require(where, name, getattr(self, name), getattr(self, name) > 0, "be positive")
         for name in ("warmup_steps", "stable_steps", "decay_steps", "weight_decay", "max_grad_norm"):
-            _require(where, name, getattr(self, name), getattr(self, name) >= 0, "be 0 or more")
+            require(where, name, getattr(self, name), getattr(self, name) >= 0, "be 0 or more")
         for name in ("global_batch", "micro_batch"):
-            _require(where, name, getattr(self, name), getattr(self, name) >= 1, "be at least 1")
+            require(where, name, getattr(self, name), getattr(self, name) >= 1, "be at least 1")
         whole = self.global_batch % self.micro_batch == 0
-        _require(where, "global_batch", self.global_batch, whole, f"be a multiple of micro_batch {self.micro_batch}")
-        _require(where, "betas", self.betas, all(0 <= b < 1 for b in self.betas), "lie in [0, 1)")
+        require(where, "global_batch", self.global_batch, whole, f"be a multiple of micro_batch {self.micro_batch}")
+        require(where, "betas", self.betas, all(0 <= b < 1 for b in self.betas), "lie in [0, 1)")
         fits = 1 <= self.steps <= self.schedule_steps
         wanted = (
             f"lie between 1 and the {self.schedule_steps} steps of the schedule (after them the learning rate is 0)"
         )
-        _require(where, "max_steps", self.steps, fits, wanted)
+        require(where, "max_steps", self.steps, fits, wanted)
         if isinstance(self.keep_attention, str):
             parse_keep_attention(self.keep_attention, _ANY_DEPTH)
 
@@ -134,14 +133,14 @@ class DistillRecipe:
 
     def __post_init__(self) -> None:
         where = f"DistillRecipe {self.name!r}"
-        _one_of(where, "seeding", self.seeding, STRATEGIES)
-        _one_of(where, "precision", self.precision, PRECISIONS)
+        one_of(where, "seeding", self.seeding, STRATEGIES)
+        one_of(where, "precision", self.precision, PRECISIONS)
         names = [stage.name for stage in self.stages]
-        _require(where, "stages", names, bool(names) and len(set(names)) == len(names), "be one or more, named apart")
+        require(where, "stages", names, bool(names) and len(set(names)) == len(names), "be one or more, named apart")
         for name in ("log_every", "checkpoint_every", "eval_every", "seed"):
-            _require(where, name, getattr(self, name), getattr(self, name) >= 0, "be 0 or more")
-        _require(where, "keep_checkpoints", self.keep_checkpoints, self.keep_checkpoints >= 1, "be at least 1")
-        _require(where, "max_length", self.max_length, self.max_length is None or self.max_length >= 1, "be at least 1")
+            require(where, name, getattr(self, name), getattr(self, name) >= 0, "be 0 or more")
+        require(where, "keep_checkpoints", self.keep_checkpoints, self.keep_checkpoints >= 1, "be at least 1")
+        require(where, "max_length", self.max_length, self.max_length is None or self.max_length >= 1, "be at least 1")
         if isinstance(self.keep_attention, str):
             parse_keep_attention(self.keep_attention, _ANY_DEPTH)
 
@@ -153,7 +152,7 @@ class DistillRecipe:
         """
         known = [stage.name for stage in self.stages]
         for name in names:
-            _one_of(f"DistillRecipe {self.name!r}", "stage", name, known)
+            one_of(f"DistillRecipe {self.name!r}", "stage", name, known)
         return dataclasses.replace(self, stages=tuple(stage for stage in self.stages if stage.name in names))
 
     def scaled(self, factor: float) -> "DistillRecipe":
@@ -162,7 +161,7 @@ class DistillRecipe:
         Raises:
             ConfigError: factor is not positive.
         """
-        _require(f"DistillRecipe {self.name!r}", "factor", factor, factor > 0, "be positive")
+        require(f"DistillRecipe {self.name!r}", "factor", factor, factor > 0, "be positive")
 
         def scale(stage: StageConfig) -> StageConfig:
             warmup, stable, decay = (
@@ -182,7 +181,7 @@ class DistillRecipe:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as a YAML or JSON file holds them; `from_dict` reads them back to an equal recipe."""
-        return _plain(dataclasses.asdict(self))
+        return plain(dataclasses.asdict(self))
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "DistillRecipe":
@@ -191,7 +190,7 @@ class DistillRecipe:
         Raises:
             ConfigError: see above.
         """
-        return _read(cls, values, "recipe")
+        return read_fields(cls, values, "recipe")
 
 
 def load_recipe(source: str | Path) -> DistillRecipe:
@@ -204,108 +203,9 @@ def load_recipe(source: str | Path) -> DistillRecipe:
         >>> load_recipe("paper").stages[0].lr
         0.001
     """
-    import yaml
-
     bundled = {item.name[:-5]: item for item in _bundled() if item.name.endswith(".yaml")}
-    path = Path(source)
-    if str(source) in bundled:
-        text = bundled[str(source)].read_text(encoding="utf-8")
-    elif path.is_file():
-        text = path.read_text(encoding="utf-8")
-    else:
-        raise ConfigError(
-            f"load_recipe: source must be a YAML file or a recipe of the package; got {str(source)!r}. "
-            f"{nearest(str(source), bundled)}"
-        )
-    try:
-        values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(
-            f"load_recipe: source must be valid YAML; got {source}: {error}. Correct the file."
-        ) from error
-    if not isinstance(values, dict):
-        raise ConfigError(
-            f"load_recipe: source must hold fields and their values; got {type(values).__name__} in {source}. "
-            "Start from one of the package's recipes."
-        )
-    return DistillRecipe.from_dict(values)
+    return DistillRecipe.from_dict(read_yaml("load_recipe", source, bundled))
 
 
 def _bundled() -> list[Any]:
     return list(resources.files("mmkernels.models.mmmamba").joinpath("recipes").iterdir())
-
-
-def _one_of(where: str, name: str, value: Any, known: Sequence[str]) -> None:
-    if value not in known:
-        raise ConfigError(f"{where}: {name} must be known; got {value!r}. {nearest(str(value), known)}")
-
-
-def _require(where: str, name: str, value: Any, good: bool, wanted: str) -> None:
-    if not good:
-        raise ConfigError(f"{where}: {name} must {wanted}; got {value!r}. Change {name}.")
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, (tuple, list)) else value
-
-
-def _read(kind: Any, values: Any, where: str) -> Any:
-    """A dataclass from a mapping: field names and types checked, nested ones too."""
-    fields = {field.name: field for field in dataclasses.fields(kind)}
-    if not isinstance(values, Mapping):
-        raise ConfigError(f"{where}: must be a mapping of fields; got {values!r}. Fields: {', '.join(fields)}.")
-    for name in values:
-        if name not in fields:
-            raise ConfigError(f"{where}: fields must be known; got {str(name)!r}. {nearest(str(name), fields)}")
-    missing = [n for n, f in fields.items() if f.default is dataclasses.MISSING and n not in values]
-    if missing:
-        raise ConfigError(
-            f"{where}: fields without a default must be given; got none for {', '.join(missing)}. Add them."
-        )
-    hints = get_type_hints(kind)
-    return kind(**{name: _convert(hints[name], value, f"{where}.{name}") for name, value in values.items()})
-
-
-def _convert(hint: Any, value: Any, where: str) -> Any:
-    """`value` as the annotated type, or a ConfigError; only int -> float and YAML's "1e-3" are converted."""
-    origin, inner = get_origin(hint), get_args(hint)
-    if origin in (Union, types.UnionType):
-        for option in inner:
-            if option is type(None) and value is None:
-                return None
-            if option is not type(None) and _looks_like(option, value):
-                return _convert(option, value, where)
-    elif origin is tuple and isinstance(value, (list, tuple)):
-        each = inner[0] if len(inner) == 2 and inner[1] is Ellipsis else None
-        if each is not None or len(value) == len(inner):
-            return tuple(_convert(each or inner[i], item, f"{where}[{i}]") for i, item in enumerate(value))
-    elif dataclasses.is_dataclass(hint):
-        return _read(hint, value, where)
-    elif hint is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
-        try:
-            return float(value)  # YAML 1.1 reads 1e-3 (without a dot) as a string
-        except ValueError:
-            pass
-    elif _looks_like(hint, value):
-        return value
-    raise ConfigError(f"{where}: must be {_type_name(hint)}; got {value!r}. Correct the value.")
-
-
-def _looks_like(hint: Any, value: Any) -> bool:
-    if get_origin(hint) is tuple:
-        return isinstance(value, (list, tuple))
-    if get_origin(hint) is Literal:
-        return value in get_args(hint)
-    return isinstance(value, hint) and not (isinstance(value, bool) and hint is not bool)
-
-
-def _type_name(hint: Any) -> str:
-    names = {int: "a whole number", float: "a number", str: "text", type(None): "empty"}
-    if get_origin(hint) in (Union, types.UnionType):
-        return " or ".join(_type_name(option) for option in get_args(hint))
-    if get_origin(hint) is tuple:
-        inner = get_args(hint)
-        return f"a list of {'' if inner[-1] is Ellipsis else f'{len(inner)} '}entries"
-    return names.get(hint, "a mapping" if dataclasses.is_dataclass(hint) else str(hint))

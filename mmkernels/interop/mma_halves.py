@@ -121,6 +121,9 @@ def attention(
     if dropout:
         raise ConfigError(f"{NAME}: dropout must be 0; got {dropout}. Set config.attention_dropout = 0.")
     q, k, v = (t.transpose(1, 2) for t in (query, key, value))
+    if torch.is_autocast_enabled(q.device.type) and q.dtype != torch.float64:
+        # as SDPA does there: float32 rotary tables have widened q and k, but not v
+        q, k, v = (t.to(torch.get_autocast_dtype(q.device.type)) for t in (q, k, v))
     if isinstance(attention_mask, Tensor):
         raise ConfigError(
             f"{NAME}: attention_mask must be the (batch, seqlen) padding mask; got {tuple(attention_mask.shape)}. A "

@@ -106,6 +106,19 @@ def test_gradients_equal_eager_with_the_dense_mask(name):
 
 
 @every_stock
+@torch.no_grad()
+def test_autocast_narrows_as_it_does_for_sdpa(name):
+    ids = torch.tensor([PROMPT + ANSWER])
+    with torch.autocast("cpu", torch.bfloat16):
+        peer = build(name, "sdpa")(ids, attention_mask=dense(ids, dtype=torch.bfloat16)).logits
+        ours = mutual(name)(ids).logits
+    truth = build(name, dtype=torch.float64)(ids, attention_mask=dense(ids, dtype=torch.float64)).logits
+    assert ours.dtype == peer.dtype
+    # two runs that round to bfloat16 at the same places: neither is the measure of the other's luck
+    assert_within("logits", ours.float(), truth, peer.float(), dtype=torch.bfloat16)
+
+
+@every_stock
 def test_text_only_prompts_are_stock(name):
     ids = torch.tensor([[1, 5, 6, 7, TAG, 8, 10], [0, 0, 1, 5, TAG, 8, 10]])
     mask = (ids != 0).long()
