@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from mmkernels.errors import MMKernelsError
+from mmkernels.errors import ConfigError, MMKernelsError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -34,13 +34,22 @@ def _parser() -> argparse.ArgumentParser:
     info.add_argument("--build", action="store_true", help="compile the native library now rather than at first use")
     info.set_defaults(run=_info)
 
-    demo = commands.add_parser("demo", help="train a teacher, make it linear, measure both (about 5 minutes)")
-    demo.add_argument("--out", type=Path, default=Path("out"), help="folder for the report and the models")
-    demo.add_argument("--source", default="digits", help='"digits" or a folder with MNIST-format idx files')
+    demo = commands.add_parser("demo", help="train small models on real scans and measure them (2 to 5 minutes)")
+    demo.add_argument(
+        "--task",
+        choices=("linear", "mma"),
+        default="linear",
+        help="linear: a teacher is made linear; mma: images that read the question, against other ways of attending",
+    )
+    demo.add_argument("--out", type=Path, help="folder for what is written; default out, or out/mma for --task mma")
+    demo.add_argument("--source", "--data", default="digits", help='"digits" or a folder with MNIST-format idx files')
     demo.add_argument("--labels", default="digits", help='names of the labels: "digits" or "fashion"')
     demo.add_argument("--seed", type=int, default=0)
     demo.add_argument("--quick", action="store_true", help="a tenth of the steps: a smoke test, not a result")
-    demo.add_argument("--no-controls", action="store_true", help="leave out the two control models")
+    demo.add_argument("--no-controls", action="store_true", help="leave out the two control models (--task linear)")
+    demo.add_argument("--seeds", type=int, help="how many seeds, from --seed on (--task mma; default 1)")
+    demo.add_argument("--steps", type=int, help="training steps of every arm (--task mma; default 400)")
+    demo.add_argument("--arms", help="comma-separated: which arms (--task mma; default all)")
     demo.set_defaults(run=_demo)
 
     generate = commands.add_parser("generate", help="ask a saved model about an image")
@@ -105,11 +114,42 @@ def _info(arguments: argparse.Namespace) -> int:
 
 
 def _demo(arguments: argparse.Namespace) -> int:
+    mma_only = {"--seeds": arguments.seeds, "--steps": arguments.steps, "--arms": arguments.arms}
+    foreign = [name for name, value in mma_only.items() if value is not None] if arguments.task == "linear" else []
+    if arguments.task == "mma" and arguments.no_controls:
+        foreign = ["--no-controls"]
+    if foreign:
+        raise ConfigError(
+            f"demo: {foreign[0]} must come with the task it belongs to; got --task {arguments.task}. Leave it out, or "
+            "choose the other task."
+        )
+    return _demo_mma(arguments) if arguments.task == "mma" else _demo_linear(arguments)
+
+
+def _demo_mma(arguments: argparse.Namespace) -> int:
+    from mmkernels.demo.mma import MMASettings, run_mma_demo
+
+    steps = MMASettings.steps if arguments.steps is None else arguments.steps
+    settings = MMASettings(
+        out=arguments.out or MMASettings.out,
+        source=arguments.source,
+        label_words=arguments.labels,
+        seed=arguments.seed,
+        seeds=MMASettings.seeds if arguments.seeds is None else arguments.seeds,
+        steps=max(1, round(0.1 * steps)) if arguments.quick else steps,
+        questions=500 if arguments.quick else MMASettings.questions,
+        arms=MMASettings.arms if arguments.arms is None else tuple(arguments.arms.split(",")),
+    )
+    run_mma_demo(settings)
+    return 0
+
+
+def _demo_linear(arguments: argparse.Namespace) -> int:
     from mmkernels.demo import DemoSettings, run_demo
 
     scale = 0.1 if arguments.quick else 1.0
     settings = DemoSettings(
-        out=arguments.out,
+        out=arguments.out or DemoSettings.out,
         source=arguments.source,
         label_words=arguments.labels,
         seed=arguments.seed,
