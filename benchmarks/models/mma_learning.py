@@ -8,6 +8,7 @@ Writes NAME.md, NAME.png and NAME_masks.png into --results; what is in between g
 
 import argparse
 import shutil
+import sys
 from pathlib import Path
 
 from mmkernels.demo.mma import MMASettings, run_mma_demo
@@ -36,7 +37,7 @@ def main() -> None:
         workers=arguments.workers,
     )
     results = run_mma_demo(settings)
-    results["command"] = f"python benchmarks/models/{results['command']}"
+    results["command"] = " ".join(["python benchmarks/models/mma_learning.py", *sys.argv[1:]])
     for source, suffix in (("curves.png", ".png"), ("masks.png", "_masks.png")):
         shutil.copyfile(arguments.out / source, arguments.results / f"{arguments.name}{suffix}")
     text = markdown(results, f"{arguments.name}.png", f"{arguments.name}_masks.png")

@@ -23,7 +23,7 @@ def train_all(settings: MMASettings, on_done: Callable[[Arm, int, dict[str, Any]
         settings: arms, seeds, workers.
         on_done: called in this process with (arm, seed, result) as each one ends.
     """
-    seeds = range(settings.seed, settings.seed + settings.seeds)
+    seeds = settings.all_seeds()
     jobs = [(arm, seed) for seed in seeds for arm in settings.chosen()]
     workers = min(len(jobs), settings.workers or torch.get_num_threads())
     found: dict[tuple[str, int], dict[str, Any]] = {}

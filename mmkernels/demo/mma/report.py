@@ -90,7 +90,7 @@ Questions like "what is in the topleft ?" about canvases of real scans, asked **
 same {results["parameters"]:,} parameters, initial weights, batches, steps and schedule; only the mask and the order of
 the sequence differ. Accuracy is over {settings["questions"]:,} questions about canvases made of scans that no training
 canvas shows (a quarter of them before the last column); always giving the most common answer scores
-{results["majority"]:.3f}. {seeds[0].upper()}{seeds[1:]}.
+{results["majority"]:.3f}. Figures of {seeds}.
 
 {table(results)}
 
@@ -98,10 +98,10 @@ canvas shows (a quarter of them before the last column); always giving the most 
 
 ![learning curves]({curves})
 
-This is speed of learning within {settings["steps"]} steps. It does not say that a causal model cannot learn the task:
-with more steps its curve rises too. *training loss* is the answer's cross-entropy on training canvases (last {_LAST}
-steps), *cells read* the share of occupied cells whose own patch token names them right. Dual order trains the first
-half of the steps with the question first and the second half with the image first, where it is tested.
+This is speed of learning within {settings["steps"]} steps; nothing here says that a causal model cannot learn the task
+with more of them. *training loss* is the answer's cross-entropy on training canvases (last {_LAST} steps), *cells read*
+the share of occupied cells whose own patch token names them right. Dual order trains the first half of the steps with
+the question first and the second half with the image first, where it is tested.
 
 ![masks]({masks})
 
@@ -128,7 +128,7 @@ def plot_curves(results: dict[str, Any], path: Path) -> None:
     """Accuracy on unseen canvases and training loss of the answer against steps; a band spans the seeds."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 4), layout="constrained")
+    figure = Figure(figsize=(10, 4.4), layout="constrained")
     left, right = figure.subplots(1, 2)
     for arm in ARMS:
         of_seed = list(results["runs"].get(arm.key, {}).values())
@@ -144,7 +144,7 @@ def plot_curves(results: dict[str, Any], path: Path) -> None:
             low, high = scores.amin(0).tolist(), scores.amax(0).tolist()
             left.fill_between(steps, low, high, color=arm.colour, alpha=0.15, linewidth=0)
     left.axhline(results["majority"], color="#c0c5ce", linestyle=":", linewidth=1)
-    left.text(0, results["majority"] + 0.01, "most common answer", color="#7a828e", fontsize=7)
+    left.text(2, results["majority"] - 0.01, "most common answer", color="#7a828e", fontsize=7, va="top")
     left.set(ylim=(0, 1.02), ylabel="accuracy on unseen canvases")
     right.set(yscale="log", ylabel="training loss of the answer")
     for axis in (left, right):
@@ -152,7 +152,7 @@ def plot_curves(results: dict[str, Any], path: Path) -> None:
         axis.set_xlabel("training steps")
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(alpha=0.25)
-    right.legend(frameon=False, fontsize=8)
+    figure.legend(*right.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False, fontsize=8)
     figure.savefig(path, dpi=130)
 
 

@@ -5,6 +5,7 @@ import os
 import sys
 import time
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -38,7 +39,7 @@ def run_mma_demo(settings: MMASettings) -> dict[str, Any]:
     runs = train_all(settings, _say_one)
     results = {
         "runs": runs,
-        "majority": majority(task, settings.questions),
+        "majority": fmean(majority(settings.task(seed), settings.questions) for seed in settings.all_seeds()),
         "leak_refused_with": leak_refusal(task),
         "parameters": sum(p.numel() for p in fresh_model(task, settings.seed).parameters()),
         "seconds": time.perf_counter() - started,
@@ -47,7 +48,7 @@ def run_mma_demo(settings: MMASettings) -> dict[str, Any]:
         "backend": backend,
         "machine": machine_facts(),
         "settings": {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(settings).items()},
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": " ".join(["mmkernels", *sys.argv[1:]]),
     }
     write_report(results, task, settings.out)
     print(f"\n{table(results)}\n")

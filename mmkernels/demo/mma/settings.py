@@ -60,6 +60,10 @@ class MMASettings:
         by_key = {arm.key: arm for arm in ARMS}
         return [by_key[key] for key in self.arms]
 
+    def all_seeds(self) -> range:
+        """seed, seed + 1, ..., as many as wanted."""
+        return range(self.seed, self.seed + self.seeds)
+
     def task(self, seed: int) -> CanvasTask:
         """The data of a seed: "what is in the topleft ?", asked after the image."""
         return CanvasTask(
