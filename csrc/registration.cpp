@@ -71,6 +71,17 @@ STABLE_TORCH_LIBRARY(mmkernels, m) {
   m.def("decode_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
   m.def("decode_linear_fwd(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
 
+  // Scores of visual tokens, and the choice among them; counts is how many each sample keeps (absent: width), total < 0
+  // asks for padded outputs of that width, else it is the length of packed ones.
+  m.def("cls_attention_scores(Tensor q, Tensor k, Tensor? lse, float scale, int num_prefix, float weight) -> Tensor");
+  m.def("cls_attention_scores_fwd(Tensor q, Tensor k, Tensor? lse, float scale, int num_prefix, float weight) -> Tensor");
+  m.def(
+      "prune_tokens(Tensor features, Tensor scores, Tensor? mask, Tensor? position_ids, Tensor? counts, int width, "
+      "int total) -> (Tensor tokens, Tensor keep_indices, Tensor position_ids, Tensor mask, Tensor cu_seqlens)");
+  m.def(
+      "prune_tokens_fwd(Tensor features, Tensor scores, Tensor? mask, Tensor? position_ids, Tensor? counts, int width, "
+      "int total) -> (Tensor tokens, Tensor keep_indices, Tensor position_ids, Tensor mask, Tensor cu_seqlens)");
+
   // One token of a whole block; an empty residual sum where there is no norm_weight.
   m.def(
       "mamba2_step(Tensor hidden, Tensor(a!) conv_state, Tensor(b!) ssm_state, Tensor in_weight, Tensor conv_weight, "

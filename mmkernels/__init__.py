@@ -28,6 +28,7 @@ _PUBLIC = {
     "mmkernels.ops.mma_attention.spans": ("build_mutual_spans", "check_no_label_leak"),
     "mmkernels.ops.mamba2_step.api": ("mamba2_step",),
     "mmkernels.ops.ssd.api": ("ssd_scan", "ssd_update"),
+    "mmkernels.ops.token_pruning.api": ("PrunedTokens", "cls_attention_scores", "prune_tokens"),
 }
 _HOME = {name: module for module, names in _PUBLIC.items() for name in names}
 _SUBMODULES = ("data", "distill", "interop", "layers", "models", "ops", "testing")
@@ -58,6 +59,9 @@ if TYPE_CHECKING:
     from mmkernels.ops.mma_attention.spans import check_no_label_leak as check_no_label_leak
     from mmkernels.ops.ssd.api import ssd_scan as ssd_scan
     from mmkernels.ops.ssd.api import ssd_update as ssd_update
+    from mmkernels.ops.token_pruning.api import PrunedTokens as PrunedTokens
+    from mmkernels.ops.token_pruning.api import cls_attention_scores as cls_attention_scores
+    from mmkernels.ops.token_pruning.api import prune_tokens as prune_tokens
 
 
 def __getattr__(name: str) -> Any:

@@ -64,7 +64,8 @@ def test_gradients_by_finite_differences(case, backend, count_backend):
     names = list(differentiable(case, args))
 
     def function(*tensors):
-        return case.run({**args, **dict(zip(names, tensors, strict=True))}, backend)
+        outs = case.run({**args, **dict(zip(names, tensors, strict=True))}, backend)
+        return tuple(out for out in outs if out.is_floating_point())  # indices and masks have no differences to take
 
     tensors = tuple(args[n] for n in names)
     assert torch.autograd.gradcheck(function, tensors, fast_mode=True)

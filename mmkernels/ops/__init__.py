@@ -8,4 +8,5 @@ import mmkernels.ops.decode_linear.api
 import mmkernels.ops.gated_rms_norm.api
 import mmkernels.ops.mamba2_step.api
 import mmkernels.ops.mma_attention.api
-import mmkernels.ops.ssd.api  # noqa: F401
+import mmkernels.ops.ssd.api
+import mmkernels.ops.token_pruning.api  # noqa: F401

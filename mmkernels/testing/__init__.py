@@ -7,6 +7,7 @@ from mmkernels.testing import (  # noqa: F401
     cases_mamba2_step,
     cases_mma_attention,
     cases_ssd,
+    cases_token_pruning,
 )
 from mmkernels.testing.cases import CASES, Case, register_cases
 from mmkernels.testing.poison import poisoned_allocations

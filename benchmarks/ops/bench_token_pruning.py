@@ -1,0 +1,80 @@
+"""Token pruning at the shapes of CLIP ViT-L/14-336: scores against softmax rows and whole maps, choice against topk.
+
+The peers of prune_tokens are what people write: topk, sort, and one of torch's two gathers.  The whole map is what
+an encoder with `output_attentions=True` makes of ready q and k, one layer of it.
+"""
+
+import pytest
+import torch
+
+from mmkernels import cls_attention_scores, prune_tokens
+
+TOKENS, HEADS, HEADDIM, DIM = 576, 16, 64, 1024
+
+
+def topk_gather(features, scores, keep):
+    """The kept rows by torch.gather."""
+    kept = scores.topk(keep, dim=-1).indices.sort(dim=-1).values
+    return features.gather(1, kept[..., None].expand(-1, -1, features.shape[-1]))
+
+
+def topk_index_select(features, scores, keep):
+    """The kept rows by index_select, which copies whole rows."""
+    kept = scores.topk(keep, dim=-1).indices.sort(dim=-1).values
+    rows = kept + torch.arange(0, scores.numel(), scores.shape[1])[:, None]
+    return features.flatten(0, 1).index_select(0, rows.flatten()).unflatten(0, kept.shape)
+
+
+def ours(features, scores, keep):
+    """prune_tokens on the native backend."""
+    return prune_tokens(features, scores, num_keep=keep, backend="native").tokens
+
+
+def ours_torch(features, scores, keep):
+    """prune_tokens on the torch backend."""
+    return prune_tokens(features, scores, num_keep=keep, backend="torch").tokens
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda d: str(d).removeprefix("torch."))
+@pytest.mark.parametrize("who", [ours, ours_torch, topk_gather, topk_index_select], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("keep", [64, 192])
+@pytest.mark.parametrize("batch", [1, 16])
+def bench_prune(benchmark, batch, keep, who, dtype):
+    torch.manual_seed(0)
+    features = torch.randn(batch, TOKENS, DIM).to(dtype)
+    scores = torch.randn(batch, TOKENS).softmax(-1)  # no ties, so that everybody must agree
+    benchmark.group = f"prune_tokens batch {batch} keep {keep} {dtype}"
+    with torch.no_grad():
+        assert torch.equal(who(features, scores, keep), topk_gather(features, scores, keep))
+        benchmark(who, features, scores, keep)
+
+
+def row(q, k):
+    """The one softmax row, in torch."""
+    logits = torch.einsum("bhd,bnhd->bhn", q[:, 0].float(), k.float()) * HEADDIM**-0.5
+    return logits.softmax(-1)[..., 1:].mean(1)
+
+
+def whole_map(q, k):
+    """Eager attention's map of one layer, then the row of it."""
+    logits = (q.transpose(1, 2) * HEADDIM**-0.5) @ k.permute(0, 2, 3, 1)
+    return logits.softmax(-1, dtype=torch.float32)[:, :, 0, 1:].mean(1)
+
+
+def ours_row(q, k):
+    """cls_attention_scores on the native backend."""
+    return cls_attention_scores(q[:, :1], k, backend="native")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda d: str(d).removeprefix("torch."))
+@pytest.mark.parametrize("who", [ours_row, row, whole_map], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("batch", [1, 8])
+def bench_scores(benchmark, batch, who, dtype):
+    torch.manual_seed(0)
+    q, k = (torch.randn(batch, TOKENS + 1, HEADS, HEADDIM).to(dtype) for _ in range(2))
+    benchmark.group = f"cls_attention_scores batch {batch} {dtype}"
+    with torch.no_grad():
+        # A peer that makes its products in bfloat16 rounds logits of size 4 to 1/64.
+        rough = {"rtol": 0.05, "atol": 1e-4} if dtype == torch.bfloat16 else {"rtol": 1e-4, "atol": 1e-6}
+        torch.testing.assert_close(who(q, k), row(q, k), **rough)
+        benchmark(who, q, k)

@@ -1,0 +1,1 @@
+"""Visual-token pruning: scores of tokens, and the choice among them."""

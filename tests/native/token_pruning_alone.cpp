@@ -1,0 +1,80 @@
+// The kernels of token pruning without torch (alone.h): storage types, odd sizes, strides, masks, packed and padded.
+#include "alone.h"
+#include "cpu/token_pruning.h"
+
+namespace {
+
+void scores(Storage storage, int64_t keys, int64_t headdim, int64_t rows, int64_t prefix, bool lse) {
+  const int64_t batch = 2, heads = 4, kv_heads = 2;
+  const Storage arithmetic = storage == Storage::f64 ? Storage::f64 : Storage::f32;
+  const auto q = values(storage, batch * rows * heads * headdim), k = values(storage, batch * keys * kv_heads * headdim);
+  const auto given = values(arithmetic, batch * heads * rows);
+  auto logits = unwritten(arithmetic, batch * heads * rows * keys), made = unwritten(arithmetic, batch * (keys - prefix));
+  ClsAttentionScores call;
+  call.storage = storage;
+  call.batch = batch, call.rows = rows, call.keys = keys;
+  call.heads = heads, call.kv_heads = kv_heads, call.headdim = headdim;
+  call.num_prefix = prefix;
+  call.scale = 0.01, call.weight = 0.5;
+  call.q = {q.data(), rows * heads * headdim, heads * headdim, headdim};
+  call.k = {k.data(), keys * kv_heads * headdim, headdim, keys * headdim};  // heads before tokens
+  call.lse = lse ? given.data() : nullptr;
+  call.logits = logits.data();
+  call.scores = made.data();
+  cls_attention_scores(call);
+  require_numbers("scores", arithmetic, made);
+}
+
+void prune(bool wide, bool packed, bool masked, int64_t tokens, int64_t dim) {
+  const int64_t batch = 3, width = (tokens + 1) / 2;
+  const auto given = values(wide ? Storage::f64 : Storage::f32, batch * tokens);
+  const auto features = values(Storage::bf16, batch * tokens * dim);
+  std::vector<uint8_t> mask(batch * tokens);
+  for (int64_t i = 0; i < batch * tokens; ++i) mask[i] = i % 3 != 0;  // fewer than asked for: the rest is padding
+  std::vector<int64_t> starts = {0, width, width + 1, width + 1 + width};
+  const int64_t slots = packed ? starts[batch] : batch * width;
+  auto kept = unwritten(Storage::bf16, slots * dim);
+  std::vector<int64_t> indices(slots, -7), positions(slots, -7);
+  std::vector<uint8_t> kept_mask(slots, 7);
+  PruneTokens call;
+  call.batch = batch, call.tokens = tokens, call.width = width;
+  call.packed = packed, call.wide_scores = wide;
+  call.scores = given.data();
+  call.mask = masked ? mask.data() : nullptr;
+  call.starts = starts.data();
+  call.features = reinterpret_cast<const char*>(features.data());
+  call.row_bytes = call.row_stride = 2 * dim, call.batch_stride = tokens * call.row_stride;
+  call.position_ids = nullptr;
+  call.position_bytes = 8;
+  call.kept_features = reinterpret_cast<char*>(kept.data());
+  call.keep_indices = indices.data();
+  call.kept_positions = reinterpret_cast<char*>(positions.data());
+  call.kept_mask = kept_mask.data();
+  prune_tokens(call);
+  require_numbers("kept", Storage::bf16, kept);
+  for (int64_t i = 0; i < slots; ++i) {
+    if (indices[i] < -1 || indices[i] >= tokens || positions[i] < 0 || positions[i] >= width || kept_mask[i] > 1) {
+      std::printf("slot %d is wrong\n", static_cast<int>(i));
+      std::exit(1);
+    }
+  }
+}
+
+}  // namespace
+
+int main(int, char** arguments) {
+  use_level(arguments[1]);
+  for (Storage storage : {Storage::f32, Storage::bf16, Storage::f16, Storage::f64}) {
+    for (int64_t keys : {1, 5, 33, 70}) {
+      for (int64_t headdim : {1, 7, 40}) {
+        scores(storage, keys, headdim, 1, 1, false);
+        scores(storage, keys, headdim, 3, 0, headdim == 7);
+      }
+    }
+  }
+  for (int i = 0; i < 8; ++i) {
+    for (int64_t tokens : {1, 2, 37, 600}) prune(i & 1, i & 2, i & 4, tokens, tokens == 2 ? 0 : 5);
+  }
+  std::puts("ok");
+  return 0;
+}
