@@ -1,4 +1,4 @@
-"""The error bar of one case on one backend: what tests/test_contract.py runs for every op, on any device."""
+"""The error bar of one case on one backend: what tests/ops/test_contract.py runs for every op, on any device."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any

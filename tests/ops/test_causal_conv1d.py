@@ -1,4 +1,4 @@
-"""What is special to the convolution: invariances, ids, padding, states, bad input (more: tests/test_contract.py)."""
+"""What is special to the convolution: invariances, ids, padding, states, bad input (more: tests/ops/test_contract.py)."""
 
 import pytest
 import torch

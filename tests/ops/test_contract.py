@@ -16,7 +16,7 @@ from mmkernels._dispatch import registered
 from mmkernels.testing import CASES
 from mmkernels.testing.contract import check_error_bar, differentiable
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 OPS = registered()
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 BACKENDS = ("native", "triton", "torch")
