@@ -1,4 +1,4 @@
-"""What is special to decode_linear: batch invariance, mixed dtypes, bad input (the rest: tests/ops/test_contract.py)."""
+"""What is special to decode_linear: batch invariance, mixed dtypes, bad input (the rest: test_contract.py)."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""What is special to the norm: its invariances, peers, extreme values, bad input (the rest: tests/ops/test_contract.py)."""
+"""What is special to the norm: its invariances, peers, extreme values, bad input (the rest: test_contract.py)."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""What is special to the scan: its invariances, packed sequences, layouts, cost (the rest: tests/ops/test_contract.py)."""
+"""What is special to the scan: its invariances, packed sequences, layouts, cost (the rest: test_contract.py)."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""What is special to token pruning: golden choices, ties, budgets, bad input (the rest: tests/ops/test_contract.py)."""
+"""What is special to token pruning: golden choices, ties, budgets, bad input (the rest: test_contract.py)."""
 
 import pytest
 import torch
