@@ -57,8 +57,8 @@ class Timing:
 
     @property
     def marks(self) -> str:
-        """'!' no clean sample, '~' wide spread, '1' a single sample."""
-        return ("" if self.clean else "!") + ("~" if self.spread > WIDE_SPREAD else "") + ("1" * (self.samples == 1))
+        """'!' no clean sample, '~' wide spread, '?' a single sample."""
+        return ("" if self.clean else "!") + ("~" if self.spread > WIDE_SPREAD else "") + ("?" * (self.samples == 1))
 
 
 def busy_seconds(text: str | None = None) -> float | None:

@@ -63,7 +63,7 @@ def draw_lengths(content: Mapping[str, Any], path: Path) -> None:
     plt = _pyplot()
     races, cells = content["races"], _lengths(content["races"])
     figure, axis = plt.subplots(figsize=(8.5, 5), layout="constrained")
-    colours = iter(_CURVES * 3)
+    looks = iter([(colour, line) for line in ("-", "--", ":") for colour in _CURVES])
     for contestant in OPS["ssd_scan"].contestants:
         points = [
             (c.seqlen, c.seqlen / races[c.id]["entries"][contestant.name]["seconds"])
@@ -72,11 +72,16 @@ def draw_lengths(content: Mapping[str, Any], path: Path) -> None:
         ]
         if points:
             mine = contestant.name == OURS
-            style = (
-                {"color": _OURS, "linewidth": 3, "zorder": 3} if mine else {"color": next(colours), "linewidth": 1.3}
-            )
+            colour, line = (_OURS, "-") if mine else next(looks)
             axis.plot(
-                *zip(*points, strict=True), marker="o", markersize=6 if mine else 4, label=contestant.name, **style
+                *zip(*points, strict=True),
+                marker="o",
+                markersize=6 if mine else 4,
+                color=colour,
+                linestyle=line,
+                linewidth=3 if mine else 1.3,
+                zorder=3 if mine else 2,
+                label=contestant.name,
             )
     axis.set_xscale("log", base=2)
     axis.set_yscale("log")
@@ -130,7 +135,7 @@ def draw_ratios(content: Mapping[str, Any], path: Path) -> None:
     axis.xaxis.set_major_formatter("{x:g}x")
     axis.set_xlabel(
         "times faster than transformers at its defaults (grey), than the fastest peer (orange)\n"
-        "! on a busy machine   ~ samples far apart"
+        "! on a busy machine   ~ samples far apart   ? a single sample"
     )
     axis.set_title(f"mmkernels against its peers, {bars[0][0].threads} threads\n{_where(content)}", fontsize=10)
     axis.spines[["top", "right"]].set_visible(False)

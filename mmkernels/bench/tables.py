@@ -59,7 +59,7 @@ def _head(content: Mapping[str, Any]) -> str:
 Medians of interleaved samples in one process.  Every contestant was checked against a float64 reference first (its
 result, or its gradients) and one that is wrong is not timed.  Samples during which other processes used more than
 {FOREIGN_SHARE:.0%} of a processor that the contestant needed are dropped.  Marks: `!` no clean sample, `~` half the
-range over {WIDE_SPREAD:.0%} of the median, `1` a single sample (one call took its whole share of the time).
+range over {WIDE_SPREAD:.0%} of the median, `?` a single sample (one call took its whole share of the time).
 Layers: {layers}; {attention}."""
 
 

@@ -55,7 +55,7 @@ def test_a_race_without_clean_samples_says_so():
 
 def test_an_unwatched_machine_is_told():
     assert not summarize([Sample(1.0, None, 1)], threads=1).watched
-    assert summarize([Sample(1.0, None, 1)], threads=1).marks == "1"
+    assert summarize([Sample(1.0, None, 1)], threads=1).marks == "?"
 
 
 def test_contestants_take_turns():
@@ -104,7 +104,7 @@ def lasting(clock, seconds, foreign=CLEAN):
 
 def test_a_slow_contestant_neither_starves_the_others_nor_goes_missing(clock):
     found = race({"slow": lasting(clock, 6.0), "fast": lasting(clock, 0.1)}, threads=1, rounds=4, budget=10.0)
-    assert (found["slow"].samples, found["slow"].marks) == (1, "1")
+    assert (found["slow"].samples, found["slow"].marks) == (1, "?")
     assert found["fast"].samples == 4
 
 
