@@ -140,28 +140,43 @@ def _other_levels(level: str) -> str:
     return "\n".join(['#include "cpu/mma_attention.h"', *bodies])
 
 
-@pytest.mark.slow  # compiles the kernels once per fault
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    """compiled(csrc, source, *flags) -> its object; one that was made from the same text before is used again."""
+    folder, kept = tmp_path_factory.mktemp("objects"), {}
+    words = _build.build_list(ROOT)
+
+    def compile_(csrc: Path, source: Path, *flags: str) -> Path:
+        headers = [path.read_bytes() for path in sorted(csrc.rglob("*.h"))]
+        key = (source.name, source.read_bytes(), *headers, *flags)
+        if key not in kept:
+            kept[key] = folder / f"{len(kept)}.o"
+            command = [*_build.find_compiler(), *words["MMK_FLAGS"], "-O1", f"-I{csrc}", "-w", *flags]
+            subprocess.run([*command, "-c", str(source), "-o", str(kept[key])], check=True)
+        return kept[key]
+
+    return compile_
+
+
+@pytest.mark.slow  # compiles a kernel once per fault
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_named_check_catches(fault, tmp_path):
+def test_a_named_check_catches(fault, tmp_path, compiled):
     file, old, new, check = FAULTS[fault]
-    shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
-    changed = tmp_path / "csrc/cpu" / file
+    csrc = tmp_path / "csrc"
+    shutil.copytree(ROOT / "csrc", csrc)
+    changed = csrc / "cpu" / file
     text = changed.read_text()
     if old:
         assert text.count(old) == 1, f"{file} has {text.count(old)} lines with {old!r}"
         changed.write_text(text.replace(old, new))
+    level = ["-DMMK_ISA_NS=baseline", *_build.build_list(ROOT)["MMK_FLAGS_baseline"]]
+    objects = [compiled(csrc, csrc / "cpu" / kernel, *level) for kernel in KERNELS]
     (tmp_path / "others.cpp").write_text(_other_levels("baseline"))
-    words = _build.build_list(ROOT)
-    common = [*_build.find_compiler(), *words["MMK_FLAGS"], "-O1", f"-I{tmp_path / 'csrc'}", "-w"]
-    objects = []
-    for kernel in KERNELS:
-        objects.append(tmp_path / f"{kernel}.o")
-        level = ["-DMMK_ISA_NS=baseline", *words["MMK_FLAGS_baseline"]]
-        subprocess.run([*common, *level, "-c", tmp_path / "csrc/cpu" / kernel, "-o", objects[-1]], check=True)
-    once = [tmp_path / "csrc/common/isa.cpp", tmp_path / "csrc/common/scratch.cpp", tmp_path / "others.cpp"]
+    # What no fault touches is compiled against the sound headers, once.
+    once = [ROOT / "csrc/common/isa.cpp", ROOT / "csrc/common/scratch.cpp", tmp_path / "others.cpp"]
+    objects += [compiled(ROOT / "csrc", source) for source in (*once, HERE / "mma_attention_alone.cpp")]
     program = tmp_path / "alone"
-    driver = HERE / "mma_attention_alone.cpp"
-    subprocess.run([*common, *once, driver, *objects, "-o", program], check=True)
+    subprocess.run([*_build.find_compiler(), *map(str, objects), "-o", str(program)], check=True)
     done = subprocess.run([str(program), "baseline"], capture_output=True, text=True, check=False)
     said = done.stdout.strip().split(":")[0]
     assert said == check, f"{fault}: {done.stdout}{done.stderr[-1000:]}"
