@@ -70,7 +70,7 @@ def test_fetched_and_compiled_peers(shape):
 
 
 def test_ggml_runs_where_it_is_installed():
-    pytest.importorskip("llama_cpp")
+    pytest.importorskip("llama_cpp", reason="llama.cpp is not installed (mmkernels[bench-peers])")
     for op, length in (("ssd_scan", 512), ("ssd_update", 1), ("causal_conv1d", 512)):
         contestant = next(c for c in OPS[op].contestants if c.name.startswith("ggml"))
         assert error_of(Cell(op, "130m", length), contestant) < 1e-5
