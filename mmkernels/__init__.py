@@ -29,9 +29,10 @@ _PUBLIC = {
     "mmkernels.ops.mamba2_step.api": ("mamba2_step",),
     "mmkernels.ops.ssd.api": ("ssd_scan", "ssd_update"),
     "mmkernels.ops.token_pruning.api": ("PrunedTokens", "cls_attention_scores", "prune_tokens"),
+    "mmkernels.pruning.registry": ("get_pruner",),
 }
 _HOME = {name: module for module, names in _PUBLIC.items() for name in names}
-_SUBMODULES = ("data", "distill", "interop", "layers", "models", "ops", "testing")
+_SUBMODULES = ("data", "distill", "interop", "layers", "models", "ops", "pruning", "testing")
 
 __all__ = ["__version__", *_HOME, *_SUBMODULES]
 
@@ -62,6 +63,7 @@ if TYPE_CHECKING:
     from mmkernels.ops.token_pruning.api import PrunedTokens as PrunedTokens
     from mmkernels.ops.token_pruning.api import cls_attention_scores as cls_attention_scores
     from mmkernels.ops.token_pruning.api import prune_tokens as prune_tokens
+    from mmkernels.pruning.registry import get_pruner as get_pruner
 
 
 def __getattr__(name: str) -> Any:

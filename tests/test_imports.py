@@ -53,7 +53,13 @@ def test_layers_of_the_house(path):
     name = module_name(path)
     every, at_top = imports(path, top_only=False), imports(path, top_only=True)
     if starts(
-        name, "mmkernels.ops", "mmkernels.layers", "mmkernels._dispatch", "mmkernels._checks", "mmkernels.errors"
+        name,
+        "mmkernels.ops",
+        "mmkernels.layers",
+        "mmkernels.pruning",
+        "mmkernels._dispatch",
+        "mmkernels._checks",
+        "mmkernels.errors",
     ):
         # a file of Triton kernels is imported on first use, by a backend that has found triton to be there
         allowed = {"triton"} if path.name.startswith("_triton_kernels") else set()
@@ -61,9 +67,20 @@ def test_layers_of_the_house(path):
         assert not heavy, f"{name} imports {heavy} at the top; import inside the function that needs it"
     if starts(name, "mmkernels.ops"):
         upward = {
-            i for i in every if starts(i, "mmkernels.layers", "mmkernels.models", "mmkernels.distill", "mmkernels.data")
+            i
+            for i in every
+            if starts(
+                i, "mmkernels.layers", "mmkernels.pruning", "mmkernels.models", "mmkernels.distill", "mmkernels.data"
+            )
         }
         assert not upward, f"{name} reaches up to {upward}"
+    if starts(name, "mmkernels.pruning"):
+        others = {
+            i
+            for i in every
+            if starts(i, "mmkernels") and not starts(i, "mmkernels.ops", "mmkernels.pruning", "mmkernels.errors")
+        }
+        assert not others, f"{name} imports {others}: pruners know tensors, ops and errors"
     if starts(name, "mmkernels.layers"):
         upward = {i for i in every if starts(i, "mmkernels.models", "mmkernels.distill", "mmkernels.data")}
         assert not upward, f"{name} reaches up to {upward}"
