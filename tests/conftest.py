@@ -1,6 +1,8 @@
 """Shared fixtures: one thread a process, NaN-poisoned allocations, and the report of backends that ran."""
 
 import os
+import shlex
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -34,6 +36,21 @@ def poison():
     """Every uninitialised allocation inside the test is NaN."""
     with poisoned_allocations():
         yield
+
+
+@pytest.fixture(scope="session")
+def quick_compiler(tmp_path_factory) -> Path:
+    """A compiler that leaves the optimiser out: for tests of how a build goes, not of what it makes."""
+    from mmkernels import _build
+
+    try:
+        real = shlex.join(_build.find_compiler())
+    except _build.BuildError as error:
+        pytest.skip(str(error))
+    script = tmp_path_factory.mktemp("compiler") / "c++"
+    script.write_text(f'#!/bin/sh\nexec {real} "$@" $(case " $* " in *" -O3 "*) echo -O0 ;; esac)\n')
+    script.chmod(0o755)
+    return script
 
 
 @pytest.fixture

@@ -151,7 +151,7 @@ def compiled(tmp_path_factory):
         key = (source.name, source.read_bytes(), *headers, *flags)
         if key not in kept:
             kept[key] = folder / f"{len(kept)}.o"
-            command = [*_build.find_compiler(), *words["MMK_FLAGS"], "-O1", f"-I{csrc}", "-w", *flags]
+            command = [*_build.find_compiler(), *words["MMK_FLAGS"], "-O0", f"-I{csrc}", "-w", *flags]
             subprocess.run([*command, "-c", str(source), "-o", str(kept[key])], check=True)
         return kept[key]
 

@@ -188,7 +188,9 @@ def build(tmp_path_factory):
             planted.write_text((KERNELS / fault.source).read_text().replace(fault.text, fault.instead))
             unit = (f"csrc/cpu/{fault.source}", widest)
             steps = tuple(
-                dataclasses.replace(step, source=str(planted)) if (step.source, step.level) == unit else step
+                dataclasses.replace(step, source=str(planted), flags=(*step.flags, "-O1"))
+                if (step.source, step.level) == unit
+                else step
                 for step in steps
             )
         _build.compile_library(dataclasses.replace(plan, steps=steps), workspace, kept)

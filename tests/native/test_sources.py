@@ -107,9 +107,10 @@ def test_kernels_under_sanitizers(driver, tmp_path):
 
 @pytest.mark.slow  # a whole build
 @pytest.mark.skipif(shutil.which("cmake") is None, reason="cmake is not on PATH")
-def test_cmake_builds_a_library_that_runs(tmp_path):
+def test_cmake_builds_a_library_that_runs(tmp_path, quick_compiler):
     folder, _ = _build.find_torch()
     configure = ["cmake", "-S", str(ROOT), "-B", str(tmp_path), f"-DMMKERNELS_TORCH_DIR={folder}"]
+    configure.append(f"-DCMAKE_CXX_COMPILER={quick_compiler}")
     for command in (configure, ["cmake", "--build", str(tmp_path)]):
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]

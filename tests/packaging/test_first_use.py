@@ -279,13 +279,14 @@ def test_a_platform_without_a_list_is_said(tiny, monkeypatch):
 
 @pytest.mark.slow  # a whole build
 @needs_compiler
-def test_the_real_library_at_first_use(tmp_path):
+def test_the_real_library_at_first_use(tmp_path, quick_compiler):
     script = (
         "import torch, mmkernels; from mmkernels import _native; x = torch.ones(2, 8); "
         "y = mmkernels.gated_rms_norm(x, torch.ones(8), eps=0.0, backend='native'); "
         "print(y.sum().item(), _native.status()['origin'])"
     )
-    env = {k: v for k, v in os.environ.items() if not k.startswith("MMKERNELS_")} | {"MMKERNELS_CACHE": str(tmp_path)}
+    env = {k: v for k, v in os.environ.items() if not k.startswith("MMKERNELS_")}
+    env |= {"MMKERNELS_CACHE": str(tmp_path), "CXX": str(quick_compiler)}
     clients = [
         subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True)
         for _ in range(2)

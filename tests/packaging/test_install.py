@@ -97,9 +97,9 @@ def test_no_compiler_and_no_torch_are_no_obstacle(environment, source_tree, tmp_
 
 
 @pytest.mark.slow  # a whole build
-def test_wheel_with_the_library(environment, source_tree):
+def test_wheel_with_the_library(environment, source_tree, quick_compiler):
     made = environment()
-    made.pip_install(source_tree)
+    made.pip_install(source_tree, CXX=str(quick_compiler))
     package = made.site / "mmkernels"
     info = json.loads((package / "_build_info.json").read_text())
     assert info["native"], info
