@@ -164,7 +164,9 @@ def scan(
     return (out[0], out[1]) if isinstance(out, tuple) else (out, None)
 
 
-def scan_parameter(size: int, device: torch.device | str | None, dtype: torch.dtype | None) -> nn.Parameter:
+def scan_parameter(
+    size: int | tuple[int, ...], device: torch.device | str | None, dtype: torch.dtype | None
+) -> nn.Parameter:
     """A parameter of the recurrence: never below float32, excluded from weight decay (the flag optimizers look for)."""
     dtype = torch.promote_types(dtype or torch.get_default_dtype(), torch.float32)
     parameter = nn.Parameter(torch.empty(size, device=device, dtype=dtype))

@@ -8,5 +8,6 @@ import mmkernels.ops.decode_linear.api
 import mmkernels.ops.gated_rms_norm.api
 import mmkernels.ops.mamba2_step.api
 import mmkernels.ops.mma_attention.api
+import mmkernels.ops.scan2d.api
 import mmkernels.ops.ssd.api
 import mmkernels.ops.token_pruning.api  # noqa: F401

@@ -6,6 +6,7 @@ from mmkernels.testing import (  # noqa: F401
     cases_gated_rms_norm,
     cases_mamba2_step,
     cases_mma_attention,
+    cases_scan2d,
     cases_ssd,
     cases_token_pruning,
 )
