@@ -33,6 +33,7 @@ _PUBLIC = {
     "mmkernels.ops.ssd.api": ("ssd_scan", "ssd_update"),
     "mmkernels.ops.token_pruning.api": ("PrunedTokens", "cls_attention_scores", "prune_tokens"),
     "mmkernels.pruning.registry": ("get_pruner",),
+    "mmkernels.interop.prune": ("prune",),
 }
 _HOME = {name: module for module, names in _PUBLIC.items() for name in names}
 _SUBMODULES = ("data", "distill", "interop", "layers", "models", "ops", "pruning", "testing")
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
     from mmkernels.errors import DtypeError as DtypeError
     from mmkernels.errors import MMKernelsError as MMKernelsError
     from mmkernels.errors import ShapeError as ShapeError
+    from mmkernels.interop.prune import prune as prune
     from mmkernels.ops.causal_conv1d.api import causal_conv1d as causal_conv1d
     from mmkernels.ops.causal_conv1d.api import causal_conv1d_update as causal_conv1d_update
     from mmkernels.ops.decode_linear.api import decode_linear as decode_linear

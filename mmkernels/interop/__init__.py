@@ -6,10 +6,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from mmkernels.interop.mamba2_models import run_on_mmkernels as run_on_mmkernels
     from mmkernels.interop.mma import make_modality_mutual as make_modality_mutual
+    from mmkernels.interop.prune import prune as prune
 
-_HOME = {"make_modality_mutual": "mma", "run_on_mmkernels": "mamba2_models"}
+_HOME = {"make_modality_mutual": "mma", "prune": "prune", "run_on_mmkernels": "mamba2_models"}
 
-__all__ = ["make_modality_mutual", "run_on_mmkernels"]
+__all__ = ["make_modality_mutual", "prune", "run_on_mmkernels"]
 
 
 def __getattr__(name: str) -> Any:

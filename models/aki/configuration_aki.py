@@ -70,6 +70,8 @@ class AkiConfig(PreTrainedConfig):
         include_prompt_end: whether image tokens read that tag too; the released weights were trained so.
         policy: what image tokens read beside what precedes them: "prompt" (the question, as released), "own_segment"
             (the text up to the next image), "none" (causal attention, as in pre-training).
+        num_keep: of an image's tokens, the decoder reads the so many that the resampler's last layer attends to most;
+            prompts keep num_vision_tokens placeholders an image.  None: all.
 
     Raises:
         ConfigError: sizes or ids that contradict each other, an unknown policy.
@@ -102,6 +104,7 @@ class AkiConfig(PreTrainedConfig):
     prompt_end_token_id: int = 32001
     include_prompt_end: bool = True
     policy: str = "prompt"
+    num_keep: int | None = None
     initializer_range: float = 0.02
     tie_word_embeddings: bool = False
 
@@ -137,6 +140,12 @@ class AkiConfig(PreTrainedConfig):
         for name in ("num_vision_tokens", "resampler_heads", "resampler_head_dim", "resampler_ff_mult"):
             require(getattr(self, name) >= 1, name, "be at least 1", "See the released sizes, the defaults.")
         require(self.resampler_depth >= 0, "resampler_depth", "be at least 0", "6 is the released model's.")
+        require(
+            self.num_keep is None or (1 <= self.num_keep <= self.num_vision_tokens and self.resampler_depth > 0),
+            "num_keep",
+            f"be None or lie in 1..{self.num_vision_tokens}, with a resampler that has layers",
+            "It counts image tokens.",
+        )
         require(self.num_extra_tokens >= 1, "num_extra_tokens", "be at least 1", "The image placeholder is one.")
         rows = self.text_config.vocab_size
         require(

@@ -16,9 +16,13 @@ from transformers.utils import can_return_tuple
 from mmkernels.errors import ConfigError, ShapeError
 from mmkernels.interop.mma import ModalityMutual, forward_with_spans
 from mmkernels.interop.mma_halves import NAME
+from mmkernels.interop.prune import PrunedModel, Pruning, forward_pruned
+from mmkernels.interop.prune_call import recall
+from mmkernels.interop.prune_seams import Choice
 from mmkernels.interop.transformers import cached_tokens
 from mmkernels.models.aki.configuration_aki import AkiConfig
 from mmkernels.models.aki.resampler_aki import PerceiverResampler
+from mmkernels.pruning.registry import get_pruner
 
 
 class AkiPreTrainedModel(PreTrainedModel):
@@ -41,7 +45,7 @@ class AkiPreTrainedModel(PreTrainedModel):
             init.normal_(module.latents, mean=0.0, std=1.0)
 
 
-class AkiForConditionalGeneration(ModalityMutual, AkiPreTrainedModel, GenerationMixin):  # type: ignore[misc]
+class AkiForConditionalGeneration(PrunedModel, ModalityMutual, AkiPreTrainedModel, GenerationMixin):  # type: ignore[misc]
     """Next-token logits from images and text; image tokens also read the question that follows them.
 
     Example:
@@ -71,6 +75,9 @@ class AkiForConditionalGeneration(ModalityMutual, AkiPreTrainedModel, Generation
         self.lm_head = nn.Linear(text.hidden_size, text.vocab_size, bias=True)
         self.extra_head = nn.Linear(text.hidden_size, config.num_extra_tokens, bias=True)
         self.post_init()
+        if config.num_keep is not None:
+            received = get_pruner("vtc_cls", num_keep=config.num_keep, score_source="column", num_layers=1)
+            self._pruning = Pruning(Choice(received))
         self.generation_config.suppress_tokens = [config.image_token_id]  # a placeholder stands for pixels, not text
 
     def get_input_embeddings(self) -> nn.Module:
@@ -93,7 +100,11 @@ class AkiForConditionalGeneration(ModalityMutual, AkiPreTrainedModel, Generation
         )
 
     def get_image_features(self, pixel_values: Tensor) -> Tensor:
-        """Image tokens: (images, 3, size, size) to (images, num_vision_tokens, hidden)."""
+        """Image tokens, unpruned: (images, 3, size, size) to (images, num_vision_tokens, hidden)."""
+        return self.resampler(self.encode_images(pixel_values))
+
+    def encode_images(self, pixel_values: Tensor) -> Tensor:
+        """Features of the tower: (images, 3, size, size) to (images, patches, width)."""
         vision = self.config.vision_config
         expected = (vision.num_channels, vision.image_size, vision.image_size)
         if pixel_values.ndim != 4 or tuple(pixel_values.shape[1:]) != expected:
@@ -101,11 +112,17 @@ class AkiForConditionalGeneration(ModalityMutual, AkiPreTrainedModel, Generation
                 f"AkiForConditionalGeneration: pixel_values must have shape (images, {', '.join(map(str, expected))}); "
                 f"got {tuple(pixel_values.shape)}. Let AkiProcessor resize the images."
             )
-        features = self.vision_tower(pixel_values.to(self.vision_tower.dtype)).last_hidden_state
-        return self.resampler(features)
+        return self.vision_tower(pixel_values.to(self.vision_tower.dtype)).last_hidden_state
 
-    def embed(self, input_ids: Tensor, pixel_values: Tensor | None = None) -> Tensor:
+    def embed(
+        self, input_ids: Tensor, pixel_values: Tensor | None = None, image_tokens: Tensor | None = None
+    ) -> Tensor:
         """Token embeddings with image tokens put, in order, at the places that hold `image_token_id`.
+
+        Args:
+            input_ids: (batch, seqlen).
+            pixel_values: (images, 3, size, size).
+            image_tokens: (total, hidden) instead: one for each place, of images that were pruned.
 
         Raises:
             ShapeError: another number of places than of image tokens, in the batch or, by parts of an image, in a row.
@@ -114,10 +131,18 @@ class AkiForConditionalGeneration(ModalityMutual, AkiPreTrainedModel, Generation
         embeds = self.get_input_embeddings()(input_ids.clamp(max=base - 1))
         extra = self.extra_embedding((input_ids - base).clamp(min=0))
         embeds = torch.where((input_ids >= base)[..., None], extra.to(embeds.dtype), embeds)
+        places = input_ids == self.config.image_token_id
+        if image_tokens is not None:
+            if int(places.sum()) != image_tokens.shape[0]:
+                raise ShapeError(
+                    f"AkiForConditionalGeneration: input_ids must hold a placeholder (id {self.config.image_token_id}) "
+                    f"for each of {image_tokens.shape[0]} image tokens; got {int(places.sum())}. Shrink both alike."
+                )
+            return embeds.masked_scatter(places[..., None], image_tokens.to(embeds.dtype))
         if pixel_values is None:
             return embeds
         features = self.get_image_features(pixel_values)
-        places, each = input_ids == self.config.image_token_id, self.config.num_vision_tokens
+        each = self.config.num_vision_tokens
         counts = places.sum(-1)
         if int(counts.sum()) != features.shape[0] * each or bool((counts % each).any()):
             raise ShapeError(
@@ -188,6 +213,13 @@ class AkiForConditionalGeneration(ModalityMutual, AkiPreTrainedModel, Generation
             "logits_to_keep": logits_to_keep,
             **kwargs,
         }
+        given |= {"mm_token_type_ids": mm_token_type_ids, "context_mask": context_mask}
+        return forward_pruned(self, AkiForConditionalGeneration._with_spans, given)
+
+    def _with_spans(
+        self, mm_token_type_ids: Tensor | None, context_mask: Tensor | None, **given: Any
+    ) -> CausalLMOutputWithPast:
+        """The forward pass once images are pruned."""
         return forward_with_spans(self, AkiForConditionalGeneration._run, given, mm_token_type_ids, context_mask)
 
     def _run(
@@ -201,11 +233,12 @@ class AkiForConditionalGeneration(ModalityMutual, AkiPreTrainedModel, Generation
         labels: Tensor | None,
         use_cache: bool | None,
         logits_to_keep: int | Tensor,
+        image_tokens: Tensor | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """The forward pass once the spans of the call are known (they are in kwargs)."""
         past = cached_tokens(past_key_values)
-        embeds = self._embeds(input_ids, pixel_values, inputs_embeds, past)
+        embeds = self._embeds(input_ids, pixel_values, image_tokens, inputs_embeds, past)
         if position_ids is None and attention_mask is not None and attention_mask.ndim == 2:
             if attention_mask.shape != (embeds.shape[0], past + embeds.shape[1]):
                 raise ShapeError(
@@ -235,8 +268,16 @@ class AkiForConditionalGeneration(ModalityMutual, AkiPreTrainedModel, Generation
         )
 
     def _embeds(
-        self, input_ids: Tensor | None, pixel_values: Tensor | None, inputs_embeds: Tensor | None, past: int
+        self,
+        input_ids: Tensor | None,
+        pixel_values: Tensor | None,
+        image_tokens: Tensor | None,
+        inputs_embeds: Tensor | None,
+        past: int,
     ) -> Tensor:
+        if image_tokens is not None:
+            assert input_ids is not None  # they were shrunk together
+            return self.embed(input_ids, image_tokens=image_tokens)
         if input_ids is None:
             if pixel_values is not None:
                 raise ConfigError(
@@ -274,6 +315,10 @@ class AkiForConditionalGeneration(ModalityMutual, AkiPreTrainedModel, Generation
         limit = rope.get("original_max_position_embeddings") if rope["rope_type"] == "longrope" else None
         if limit is None or past == 0 or input_ids.shape[1] <= limit:
             return False
+        pruned = recall(cache)
+        if pruned is not None:
+            held, new = pruned.mask.sum(-1), input_ids.shape[1] - pruned.full
+            return int(held.max()) <= limit < int(held.max()) + new
         if not isinstance(attention_mask, Tensor) or attention_mask.ndim != 2:
             return past <= limit
         return int(attention_mask[:, :past].sum(-1).max()) <= limit < int(attention_mask.sum(-1).max())
