@@ -76,6 +76,12 @@ STABLE_TORCH_LIBRARY(mmkernels, m) {
   m.def("cls_attention_scores(Tensor q, Tensor k, Tensor? lse, float scale, int num_prefix, float weight) -> Tensor");
   m.def("cls_attention_scores_fwd(Tensor q, Tensor k, Tensor? lse, float scale, int num_prefix, float weight) -> Tensor");
   m.def(
+      "attention_column_scores(Tensor q, Tensor k, Tensor? lse, float scale, int num_prefix, Tensor? query_mask, "
+      "Tensor? key_mask, bool causal) -> Tensor");
+  m.def(
+      "attention_column_scores_fwd(Tensor q, Tensor k, Tensor? lse, float scale, int num_prefix, Tensor? query_mask, "
+      "Tensor? key_mask, bool causal) -> Tensor");
+  m.def(
       "prune_tokens(Tensor features, Tensor scores, Tensor? mask, Tensor? position_ids, Tensor? counts, int width, "
       "int total) -> (Tensor tokens, Tensor keep_indices, Tensor position_ids, Tensor mask, Tensor cu_seqlens)");
   m.def(

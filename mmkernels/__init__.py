@@ -32,6 +32,8 @@ _PUBLIC = {
     "mmkernels.ops.scan2d.orders": ("scan_permutation",),
     "mmkernels.ops.ssd.api": ("ssd_scan", "ssd_update"),
     "mmkernels.ops.token_pruning.api": ("PrunedTokens", "cls_attention_scores", "prune_tokens"),
+    "mmkernels.ops.token_pruning.merging": ("MergePlan", "bipartite_soft_matching", "merge_tokens"),
+    "mmkernels.ops.token_pruning.received": ("attention_column_scores",),
     "mmkernels.pruning.registry": ("get_pruner",),
     "mmkernels.interop.prune": ("prune",),
 }
@@ -74,6 +76,10 @@ if TYPE_CHECKING:
     from mmkernels.ops.token_pruning.api import PrunedTokens as PrunedTokens
     from mmkernels.ops.token_pruning.api import cls_attention_scores as cls_attention_scores
     from mmkernels.ops.token_pruning.api import prune_tokens as prune_tokens
+    from mmkernels.ops.token_pruning.merging import MergePlan as MergePlan
+    from mmkernels.ops.token_pruning.merging import bipartite_soft_matching as bipartite_soft_matching
+    from mmkernels.ops.token_pruning.merging import merge_tokens as merge_tokens
+    from mmkernels.ops.token_pruning.received import attention_column_scores as attention_column_scores
     from mmkernels.pruning.registry import get_pruner as get_pruner
 
 

@@ -7,7 +7,13 @@ an encoder with `output_attentions=True` makes of ready q and k, one layer of it
 import pytest
 import torch
 
-from mmkernels import cls_attention_scores, prune_tokens
+from mmkernels import (
+    attention_column_scores,
+    bipartite_soft_matching,
+    cls_attention_scores,
+    merge_tokens,
+    prune_tokens,
+)
 
 TOKENS, HEADS, HEADDIM, DIM = 576, 16, 64, 1024
 
@@ -78,3 +84,67 @@ def bench_scores(benchmark, batch, who, dtype):
         rough = {"rtol": 0.05, "atol": 1e-4} if dtype == torch.bfloat16 else {"rtol": 1e-4, "atol": 1e-6}
         torch.testing.assert_close(who(q, k), row(q, k), **rough)
         benchmark(who, q, k)
+
+
+def column_of_map(q, k):
+    """The mean over rows and heads of the whole map, in torch."""
+    logits = (q.transpose(1, 2) * HEADDIM**-0.5) @ k.permute(0, 2, 3, 1)
+    return logits.softmax(-1, dtype=torch.float32).mean((1, 2))[:, 1:]
+
+
+def ours_column(q, k):
+    """attention_column_scores on the native backend."""
+    return attention_column_scores(q, k, backend="native")
+
+
+def ours_column_torch(q, k):
+    """attention_column_scores on the torch backend: 128 rows at a time."""
+    return attention_column_scores(q, k, backend="torch")
+
+
+@pytest.mark.parametrize("who", [ours_column, ours_column_torch, column_of_map], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("batch", [1, 4])
+def bench_columns(benchmark, batch, who):
+    torch.manual_seed(0)
+    q, k = (torch.randn(batch, TOKENS + 1, HEADS, HEADDIM) for _ in range(2))
+    benchmark.group = f"attention_column_scores batch {batch}"
+    with torch.no_grad():
+        torch.testing.assert_close(who(q, k), column_of_map(q, k), rtol=1e-4, atol=1e-6)
+        benchmark(who, q, k)
+
+
+def tome_torch(metric, x, sizes, r):
+    """ToMe's merge as usually written: a product, argsort, gathers and scatter_reduce over whole halves."""
+    metric = metric / metric.norm(dim=-1, keepdim=True)
+    scores = metric[:, ::2] @ metric[:, 1::2].transpose(-1, -2)
+    scores[:, 0] = -torch.inf
+    best, link = scores.max(-1)
+    order = best.argsort(-1, descending=True)[..., None]
+    left, merged = order[:, r:].sort(1).values, order[:, :r]
+    target = link[..., None].gather(1, merged)
+
+    def apply(x):
+        even, odd = x[:, ::2], x[:, 1::2]
+        wide = (-1, -1, x.shape[-1])
+        odd = odd.scatter_reduce(1, target.expand(wide), even.gather(1, merged.expand(wide)), reduce="sum")
+        return torch.cat([even.gather(1, left.expand(wide)), odd], 1)
+
+    total = apply(sizes[..., None])
+    return apply(x * sizes[..., None]) / total
+
+
+def ours_tome(metric, x, sizes, r):
+    """bipartite_soft_matching and merge_tokens."""
+    return merge_tokens(x, bipartite_soft_matching(metric, r, protect=1, order="sets"), sizes=sizes)[0]
+
+
+@pytest.mark.parametrize("who", [ours_tome, tome_torch], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("batch", [1, 8])
+def bench_merge(benchmark, batch, who):
+    torch.manual_seed(0)
+    metric, x = torch.randn(batch, TOKENS + 1, HEADDIM), torch.randn(batch, TOKENS + 1, DIM)
+    sizes = 1 + torch.rand(batch, TOKENS + 1)
+    benchmark.group = f"bipartite matching and merge of 23, batch {batch}"
+    with torch.no_grad():
+        torch.testing.assert_close(who(metric, x, sizes, 23), tome_torch(metric, x, sizes, 23))
+        benchmark(who, metric, x, sizes, 23)

@@ -25,6 +25,20 @@ struct ClsAttentionScores {
   void* scores;     // (batch, keys - num_prefix) in the arithmetic type, dense
 };
 
+struct AttentionColumns {
+  Storage storage;  // of q and k
+  int64_t batch, rows, keys, heads, kv_heads, headdim;
+  int64_t num_prefix;  // leading keys that are in the softmax only
+  bool causal;         // row r sees keys up to r + keys - rows
+  double scale;
+  HeadsIn q, k;
+  const void* lse;            // (batch, heads, rows) in the arithmetic type, dense; null: the softmax is made here
+  const uint8_t* query_mask;  // (batch, rows), dense; 0: the row does not count; null: all do
+  const uint8_t* key_mask;    // (batch, keys), dense; 0: no row sees the key; null: all do
+  void* sums;                 // (batch, heads, keys) of the arithmetic type: workspace
+  void* scores;               // (batch, keys - num_prefix) in the arithmetic type, dense
+};
+
 struct PruneTokens {
   int64_t batch, tokens;
   int64_t width;            // of padded outputs
@@ -45,6 +59,7 @@ struct PruneTokens {
 };
 
 MMK_KERNEL(cls_attention_scores, ClsAttentionScores)
+MMK_KERNEL(attention_column_scores, AttentionColumns)
 MMK_KERNEL(prune_tokens, PruneTokens)
 
 }  // namespace mmkernels

@@ -59,6 +59,52 @@ Tensor scores(const Tensor& q_, const Tensor& k_, const MaybeTensor& lse, double
   return made;
 }
 
+// A dense mask of the given shape; null where there is none.
+const uint8_t* mask_of(const MaybeTensor& mask, int64_t rows, int64_t columns, const char* name, MaybeTensor& owner) {
+  if (!mask) return nullptr;
+  STD_TORCH_CHECK(mask->dim() == 2 && mask->size(0) == rows && mask->size(1) == columns &&
+                      mask->scalar_type() == ScalarType::Bool,
+                  "attention_column_scores: ", name, " has another shape or is not bool");
+  owner = torch::stable::contiguous(*mask);
+  return static_cast<const uint8_t*>(owner->const_data_ptr());
+}
+
+Tensor column_scores(const Tensor& q_, const Tensor& k_, const MaybeTensor& lse, double scale, int64_t num_prefix,
+                     const MaybeTensor& query_mask, const MaybeTensor& key_mask, bool causal) {
+  STD_TORCH_CHECK(q_.dim() == 4 && k_.dim() == 4, "attention_column_scores: q and k must have four dimensions");
+  STD_TORCH_CHECK(q_.scalar_type() == k_.scalar_type(), "attention_column_scores: q and k must have one dtype");
+  const Tensor q = dense_last(q_), k = dense_last(k_);
+  AttentionColumns call;
+  call.storage = storage_of(q, "q");
+  const ScalarType arithmetic = arithmetic_of(call.storage);
+  call.batch = q.size(0), call.rows = q.size(1), call.heads = q.size(2), call.headdim = q.size(3);
+  call.keys = k.size(1), call.kv_heads = k.size(2);
+  STD_TORCH_CHECK(k.size(0) == call.batch && k.size(3) == call.headdim && call.kv_heads > 0 && call.heads > 0 &&
+                      call.heads % call.kv_heads == 0,
+                  "attention_column_scores: q and k do not fit together");
+  STD_TORCH_CHECK(0 <= num_prefix && num_prefix <= call.keys, "attention_column_scores: num_prefix exceeds the keys");
+  call.num_prefix = num_prefix;
+  call.causal = causal;
+  call.scale = scale;
+  call.q = heads_of(q);
+  call.k = heads_of(k);
+  MaybeTensor dense_lse, rows_owner, keys_owner;
+  if (lse) {
+    STD_TORCH_CHECK((sizes_of(*lse) == std::vector<int64_t>{call.batch, call.heads, call.rows}),
+                    "attention_column_scores: lse must be (batch, heads, rows)");
+    dense_lse = parameter_of(*lse, arithmetic);
+  }
+  call.lse = lse ? dense_lse->const_data_ptr() : nullptr;
+  call.query_mask = mask_of(query_mask, call.batch, call.rows, "query_mask", rows_owner);
+  call.key_mask = mask_of(key_mask, call.batch, call.keys, "key_mask", keys_owner);
+  Tensor sums = empty({call.batch, call.heads, call.keys}, arithmetic);
+  Tensor made = empty({call.batch, call.keys - num_prefix}, arithmetic);
+  call.sums = sums.mutable_data_ptr();
+  call.scores = made.mutable_data_ptr();
+  attention_column_scores(call);
+  return made;
+}
+
 // How many tokens the samples before each keep.
 std::vector<int64_t> starts_of(const MaybeTensor& counts, int64_t batch, int64_t width) {
   std::vector<int64_t> starts(static_cast<size_t>(batch) + 1, 0);
@@ -147,6 +193,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> prune(const Tensor& features_
 STABLE_TORCH_LIBRARY_IMPL(mmkernels, CPU, m) {
   m.impl("cls_attention_scores", TORCH_BOX(&scores));
   m.impl("cls_attention_scores_fwd", TORCH_BOX(&scores));
+  m.impl("attention_column_scores", TORCH_BOX(&column_scores));
+  m.impl("attention_column_scores_fwd", TORCH_BOX(&column_scores));
   m.impl("prune_tokens", TORCH_BOX(&prune));
   m.impl("prune_tokens_fwd", TORCH_BOX(&prune));
 }

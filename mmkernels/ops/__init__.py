@@ -10,4 +10,6 @@ import mmkernels.ops.mamba2_step.api
 import mmkernels.ops.mma_attention.api
 import mmkernels.ops.scan2d.api
 import mmkernels.ops.ssd.api
-import mmkernels.ops.token_pruning.api  # noqa: F401
+import mmkernels.ops.token_pruning.api
+import mmkernels.ops.token_pruning.merging
+import mmkernels.ops.token_pruning.received  # noqa: F401

@@ -120,3 +120,101 @@ register_cases(
         )
     )
 )
+
+
+def _columns(*size: int, masked: str = "", **options: Any) -> Build:
+    """Columns of attention; `masked` names what has a mask: q, k or both."""
+    kv_heads, rows = options.pop("kv_heads", 0), options.pop("rows", None)
+
+    def build(generator: torch.Generator) -> Args:
+        made = score_inputs(generator, *size, rows=size[1] if rows is None else rows, kv_heads=kv_heads)
+        for name, of in (("query_mask", "q"), ("key_mask", "k")):
+            if of in masked:
+                mask = torch.rand(made[of].shape[:2], generator=generator) < 0.6
+                mask[:1] = True  # and a sample of which nothing counts
+                mask[1:2] = False
+                made[name] = mask
+        return made | options
+
+    return build
+
+
+def _columns_with_lse(generator: torch.Generator) -> Args:
+    made = score_inputs(generator, 2, 6, 2, 5, rows=4)
+    logits = torch.einsum("brhd,bnhd->bhrn", made["q"], made["k"]) * 5**-0.5
+    hidden = torch.ones(4, 6, dtype=torch.bool).triu(3)
+    return made | {"lse": torch.logsumexp(logits.masked_fill(hidden, -torch.inf), -1), "causal": True}
+
+
+register_cases(
+    *(
+        Case("attention_column_scores", name, build, small=small, summands=summands, heavy=heavy)
+        for name, build, small, summands, heavy in (
+            ("one-head", _columns(1, 4, 1, 3), True, 16, False),
+            ("shared-keys", _columns(2, 5, 4, 3, kv_heads=2, num_prefix=2, scale=0.7), True, 20, False),
+            ("masked", _columns(3, 6, 2, 4, masked="qk", num_prefix=0), True, 24, False),
+            ("causal", _columns(2, 6, 2, 4, masked="q", rows=4, causal=True, num_prefix=0), True, 16, False),
+            ("causal-more-rows", _columns(2, 3, 2, 4, rows=5, causal=True), True, 20, False),
+            ("lse", _columns_with_lse, True, 20, False),
+            ("odd", _columns(2, 71, 3, 37, masked="k"), False, 213, False),
+            ("few-rows", _columns(3, 45, 4, 8, masked="q", rows=33, kv_heads=1, causal=True), False, 132, False),
+            ("blocks", _columns(1, 300, 2, 16), False, 600, True),
+            ("no-rows", _columns(2, 5, 2, 4, rows=0), False, 0, False),
+            ("all-prefix", _columns(2, 3, 2, 4, num_prefix=3), False, 0, False),
+            ("empty-batch", _columns(0, 5, 2, 4), False, 0, False),
+        )
+    )
+)
+
+
+def _matching(batch: int, tokens: int, dim: int, r: int, **options: Any) -> Build:
+    return lambda generator: (
+        {
+            "metric": torch.randn(batch, tokens, dim, generator=generator, dtype=torch.float64),
+            "r": r,
+        }
+        | options
+    )
+
+
+def _merging(batch: int, tokens: int, dim: int, r: int, *, sizes: bool = True, **options: Any) -> Build:
+    def build(generator: torch.Generator) -> Args:
+        from mmkernels.ops.token_pruning.merging import bipartite_soft_matching
+
+        made = _matching(batch, tokens, 4, r, **options)(generator)
+        plan = bipartite_soft_matching(**made, backend="reference")
+        x = torch.randn(batch, tokens, dim, generator=generator, dtype=torch.float64)
+        weight = torch.rand(batch, tokens, generator=generator, dtype=torch.float64) + 0.5
+        return {"x": x, "plan": plan} | ({"sizes": weight} if sizes else {})
+
+    return build
+
+
+register_cases(
+    *(
+        Case("bipartite_soft_matching", name, build, small=small, summands=8)
+        for name, build, small in (
+            ("two", _matching(1, 2, 3, 1), True),
+            ("plain", _matching(2, 6, 4, 2), True),
+            ("protected", _matching(2, 7, 3, 2, protect=2, order="sets"), True),
+            ("half", _matching(3, 9, 4, 4, protect=1), False),
+            ("nothing", _matching(2, 5, 4, 0), False),
+            ("nothing-sets", _matching(2, 5, 4, 0, order="sets"), False),
+            ("odd", _matching(2, 71, 37, 30, protect=1), False),
+            ("empty-batch", _matching(0, 6, 4, 2), False),
+        )
+    ),
+    *(
+        Case("merge_tokens", name, build, small=small, summands=8)
+        for name, build, small in (
+            ("two", _merging(1, 2, 3, 1), True),
+            ("plain", _merging(2, 8, 3, 3), True),
+            ("one-each", _merging(2, 7, 3, 3, sizes=False, protect=1), True),
+            ("sets", _merging(2, 9, 2, 3, order="sets"), True),
+            ("nothing", _merging(2, 5, 4, 0), False),
+            ("many", _merging(2, 70, 33, 35), False),
+            ("empty-batch", _merging(0, 6, 4, 2), False),
+            ("no-channels", _merging(2, 6, 0, 2), False),
+        )
+    ),
+)

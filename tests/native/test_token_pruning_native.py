@@ -35,6 +35,24 @@ def test_scores_error_bar(isa, dtype):
         assert_within(f"{seqlen} keys", scores, truth, dtype=torch.promote_types(dtype, torch.float32), terms=terms)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_columns_error_bar(isa, dtype):
+    # Keys around vectors of 2 to 16, rows around blocks of 24.
+    for seqlen, headdim, rows, causal in ((1, 1, 1, False), (7, 5, 25, False), (33, 17, 33, True), (50, 64, 24, True)):
+        made = score_inputs(torch.Generator().manual_seed(seqlen), 2, seqlen, 4, headdim, rows=rows, kv_heads=2)
+        masks = {"query_mask": torch.arange(rows) % 3 != 1, "key_mask": torch.arange(seqlen) % 4 != 3}
+        masks = {name: value.expand(2, -1) for name, value in masks.items()}
+        args = {name: value.to(dtype) for name, value in made.items()}
+        wide = {name: value.double() for name, value in args.items()} | masks | {"causal": causal, "num_prefix": 0}
+        truth = mmkernels.attention_column_scores(**wide, backend="reference")
+        for name, mask in (("q", masks["query_mask"]), ("k", masks["key_mask"])):
+            args[name][~mask] = float("nan")
+        with poisoned_allocations():
+            scores = mmkernels.attention_column_scores(**(wide | args), backend="native")
+        terms = 8 + 4 * headdim**0.5
+        assert_within(f"{seqlen} keys", scores, truth, dtype=torch.promote_types(dtype, torch.float32), terms=terms)
+
+
 def test_bits_do_not_depend_on_the_number_of_threads(isa):
     made = score_inputs(torch.Generator().manual_seed(0), 3, 300, 8, 64)
     q, k = made["q"].float(), made["k"].float()
@@ -43,7 +61,8 @@ def test_bits_do_not_depend_on_the_number_of_threads(isa):
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
             scores = mmkernels.cls_attention_scores(q, k, backend="native")
-            results.append((scores, *mmkernels.prune_tokens(features, scores, num_keep=99, backend="native")))
+            columns = mmkernels.attention_column_scores(k, k, backend="native")
+            results.append((scores, columns, *mmkernels.prune_tokens(features, scores, num_keep=99, backend="native")))
     finally:
         torch.set_num_threads(before)
     for other in results[1:]:
@@ -67,6 +86,9 @@ def test_raw_calls_are_checked():
         ops.prune_tokens(features, scores, None, None, None, 2, 5)
     with pytest.raises(RuntimeError, match="a count must be in"):
         ops.prune_tokens(features, scores, None, None, torch.tensor([1, 3]), 2, -1)
+    q, k = torch.ones(1, 1, 1, 2), torch.ones(1, 2, 1, 2)
+    with pytest.raises(RuntimeError, match="query_mask has another shape"):
+        ops.attention_column_scores(q, k, None, 1.0, 0, torch.ones(1, 2, dtype=torch.bool), None, False)
     with pytest.raises(RuntimeError, match="num_prefix"):
         ops.cls_attention_scores(torch.ones(1, 1, 1, 2), torch.ones(1, 2, 1, 2), None, 1.0, 3, 1.0)
 
@@ -80,3 +102,5 @@ def test_opcheck():
         torch.library.opcheck(ops.prune_tokens_fwd.default, args)
     q, k = torch.randn(2, 1, 2, 4, requires_grad=True), torch.randn(2, 5, 1, 4, requires_grad=True)
     torch.library.opcheck(ops.cls_attention_scores_fwd.default, (q, k, None, 0.5, 1, 1.0))
+    seen = torch.ones(2, 5, dtype=torch.bool)
+    torch.library.opcheck(ops.attention_column_scores_fwd.default, (q, k, None, 0.5, 1, None, seen, True))

@@ -25,6 +25,33 @@ void scores(Storage storage, int64_t keys, int64_t headdim, int64_t rows, int64_
   require_numbers("scores", arithmetic, made);
 }
 
+void columns(Storage storage, int64_t keys, int64_t headdim, int64_t rows, bool masked, bool causal, bool lse) {
+  const int64_t batch = 2, heads = 4, kv_heads = 2;
+  const Storage arithmetic = storage == Storage::f64 ? Storage::f64 : Storage::f32;
+  const auto q = values(storage, batch * rows * heads * headdim), k = values(storage, batch * keys * kv_heads * headdim);
+  const auto given = values(arithmetic, batch * heads * rows);
+  auto sums = unwritten(arithmetic, batch * heads * keys), made = unwritten(arithmetic, batch * (keys - 1));
+  std::vector<uint8_t> query_mask(batch * rows), key_mask(batch * keys);
+  for (int64_t i = 0; i < batch * rows; ++i) query_mask[i] = i % 3 != 0;
+  for (int64_t i = 0; i < batch * keys; ++i) key_mask[i] = i >= keys && i % 4 != 0;  // the first sample sees nothing
+  AttentionColumns call;
+  call.storage = storage;
+  call.batch = batch, call.rows = rows, call.keys = keys;
+  call.heads = heads, call.kv_heads = kv_heads, call.headdim = headdim;
+  call.num_prefix = 1;
+  call.causal = causal;
+  call.scale = 0.01;
+  call.q = {q.data(), rows * heads * headdim, heads * headdim, headdim};
+  call.k = {k.data(), keys * kv_heads * headdim, headdim, keys * headdim};  // heads before tokens
+  call.lse = lse ? given.data() : nullptr;
+  call.query_mask = masked ? query_mask.data() : nullptr;
+  call.key_mask = masked ? key_mask.data() : nullptr;
+  call.sums = sums.data();
+  call.scores = made.data();
+  attention_column_scores(call);
+  require_numbers("columns", arithmetic, made);
+}
+
 void prune(bool wide, bool packed, bool masked, int64_t tokens, int64_t dim) {
   const int64_t batch = 3, width = (tokens + 1) / 2;
   const auto given = values(wide ? Storage::f64 : Storage::f32, batch * tokens);
@@ -70,6 +97,12 @@ int main(int, char** arguments) {
         scores(storage, keys, headdim, 1, 1, false);
         scores(storage, keys, headdim, 3, 0, headdim == 7);
       }
+    }
+  }
+  for (Storage storage : {Storage::f32, Storage::bf16, Storage::f16, Storage::f64}) {
+    for (int i = 0; i < 8; ++i) {
+      for (int64_t keys : {1, 5, 33}) columns(storage, keys, keys == 5 ? 7 : 40, keys + 3, i & 1, i & 2, i & 4);
+      columns(storage, 17, 3, 50, i & 1, i & 2, i & 4);
     }
   }
   for (int i = 0; i < 8; ++i) {

@@ -1,4 +1,4 @@
-"""Backend "torch" of token pruning: the rows as one product, the choice as two stable sorts."""
+"""Backend "torch" of token pruning: rows as products, choices as stable sorts."""
 
 import torch
 from einops import rearrange
@@ -52,3 +52,101 @@ def prune_tokens(
     tokens = features[samples, index].masked_fill(~real[..., None], 0)
     positions = (places if position_ids is None else position_ids[samples, index]).masked_fill(~real, 0)
     return tokens, kept.masked_fill(~real, -1), positions, real, cu_seqlens
+
+
+ROWS = 128  # of the map at once
+
+
+def attention_column_scores(
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor | None,
+    scale: float,
+    num_prefix: int,
+    query_mask: Tensor | None,
+    key_mask: Tensor | None,
+    causal: bool,
+) -> Tensor:
+    """See mmkernels.attention_column_scores."""
+    acc = torch.promote_types(q.dtype, torch.float32)
+    batch, rows, heads, _ = q.shape
+    seqlen = k.shape[1]
+    if query_mask is not None:  # what masked tokens hold must not reach a gradient, not even as 0 * NaN
+        q = q.masked_fill(~query_mask[..., None, None], 0)
+    if key_mask is not None:
+        k = k.masked_fill(~key_mask[..., None, None], 0)
+    queries = rearrange(q.to(acc), "b r (g m) d -> b g m r d", g=k.shape[2])
+    keys = rearrange(k.to(acc), "b n g d -> b g 1 d n")
+    shift = None if lse is None else rearrange(lse.to(acc), "b (g m) r -> b g m r 1", g=k.shape[2])
+    column = torch.arange(seqlen, device=k.device)
+    total = q.new_zeros((batch, seqlen), dtype=acc)
+    if rows == 0:
+        total = total + (q.sum() + k[:0].sum()).to(acc)  # 0, with a gradient: of zeros
+    for first in range(0, rows, ROWS):
+        row = torch.arange(first, min(first + ROWS, rows), device=q.device)
+        sees = column <= row[:, None] + (seqlen - rows) if causal else column >= row[:, None] * 0
+        sees = sees[None] if key_mask is None else sees & key_mask[:, None, :]
+        counts = sees.any(-1)[:, None, None, :, None]
+        visible = sees[:, None, None]
+        logits = (scale * (queries[..., first : first + ROWS, :] @ keys)).masked_fill(~visible, float("-inf"))
+        if shift is None:
+            p = torch.softmax(logits.masked_fill(~counts, 0), dim=-1)
+        else:
+            p = torch.exp(logits - shift[..., first : first + ROWS, :].masked_fill(~counts, 0))
+        p = p.masked_fill(~counts, 0)
+        if query_mask is not None:
+            p = p.masked_fill(~query_mask[:, None, None, first : first + ROWS, None], 0)
+        total = total + p.sum(dim=(1, 2, 3))
+    chosen = rows if query_mask is None else query_mask.sum(-1, keepdim=True).clamp(min=1)
+    return total[:, num_prefix:] / (heads * max(chosen, 1) if isinstance(chosen, int) else heads * chosen)
+
+
+def bipartite_soft_matching(metric: Tensor, r: int, protect: int, order: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """See mmkernels.bipartite_soft_matching."""
+    batch, tokens, _ = metric.shape
+    device = metric.device
+    place = torch.arange(tokens, device=device)
+    whole = place.expand(batch, tokens)
+    acc = torch.promote_types(metric.dtype, torch.float32)
+    if r == 0:
+        keep = torch.cat([place[::2], place[1::2]]).expand(batch, tokens) if order == "sets" else whole
+        assignment = keep.argsort(-1)
+        return keep.contiguous(), assignment, whole[:, :0].contiguous(), metric.new_empty((batch, 0), dtype=acc)
+    unit = torch.nn.functional.normalize(metric.to(acc), dim=-1, eps=1e-12)
+    even, odd = unit[:, ::2], unit[:, 1::2]
+    cosine = even @ odd.mT
+    closed = (place[::2, None] < protect) | (place[1::2] < protect)
+    cosine = cosine.masked_fill(closed, float("-inf"))
+    with torch.no_grad():
+        best = cosine.amax(-1)
+        # argmax promises nothing about ties
+        link = torch.where(cosine == best[..., None], place[: odd.shape[1]], tokens).amin(-1)
+        chosen = ranked(best, None)[:, :r]
+        source, target = 2 * chosen, 2 * link.gather(1, chosen) + 1
+        merged = torch.zeros_like(whole, dtype=torch.bool).scatter(1, source, True)
+        key = whole + tokens * (whole % 2) if order == "sets" else whole
+        keep = (key + 2 * tokens * merged).argsort(-1)[:, : tokens - r]
+        slot = torch.zeros_like(whole).scatter(1, keep, place[: tokens - r].expand(batch, -1))
+        assignment = slot.scatter(1, source, slot.gather(1, target))
+    similarity = cosine[torch.arange(batch, device=device)[:, None], chosen, link.gather(1, chosen)]
+    return keep, assignment, source, similarity
+
+
+def merge_tokens(
+    x: Tensor, keep_indices: Tensor, assignment: Tensor, source: Tensor, sizes: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """See mmkernels.merge_tokens."""
+    acc = torch.promote_types(x.dtype, torch.float32)
+    sample = torch.arange(x.shape[0], device=x.device)[:, None]
+    weight = x.new_ones(x.shape[:2], dtype=acc) if sizes is None else sizes.to(acc)
+    slot = assignment.gather(1, source)
+    given = weight.gather(1, source)
+    totals = weight.gather(1, keep_indices).scatter_add(1, slot, given)
+    kept = x[sample, keep_indices]
+    share = (given / totals.gather(1, slot))[..., None]
+    target = keep_indices.gather(1, slot)
+    change = share * (x[sample, source].to(acc) - x[sample, target].to(acc))
+    # Only rows that something is merged into are computed: the others are copied as they are.
+    changes = torch.zeros_like(kept, dtype=acc).index_put((sample, slot), change, accumulate=True)
+    touched = torch.zeros_like(totals, dtype=torch.bool).scatter(1, slot, True)[..., None]
+    return torch.where(touched, (kept.to(acc) + changes).to(x.dtype), kept), totals

@@ -1,4 +1,4 @@
-"""The oracles of cls_attention_scores and prune_tokens: softmax row by softmax row, sample by sample.
+"""The oracles of token pruning: softmax row by softmax row, sample by sample, pair by pair.
 
 s_j = weight mean over rows, heads of softmax_j(scale q . k_j); the k tokens of largest (s, -index) in rising index.
 """
@@ -64,3 +64,87 @@ def prune_tokens(
         return nothing, integers, typed, integers.bool(), lengths
     join = torch.stack if total is None else torch.cat
     return join(tokens), join(indices), join(positions), join(real), lengths
+
+
+def attention_column_scores(
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor | None,
+    scale: float,
+    num_prefix: int,
+    query_mask: Tensor | None,
+    key_mask: Tensor | None,
+    causal: bool,
+) -> Tensor:
+    """See mmkernels.attention_column_scores."""
+    acc = torch.promote_types(q.dtype, torch.float32)
+    batch, rows, heads, _ = q.shape
+    seqlen, group = k.shape[1], heads // max(k.shape[2], 1)
+    samples = []
+    nothing = (q[:0].sum() + k[:0].sum()).to(acc)  # 0, with a gradient: of zeros, where there is nothing to add up
+    for b in range(batch):
+        chosen = [r for r in range(rows) if query_mask is None or bool(query_mask[b, r])]
+        total = torch.zeros(seqlen, dtype=acc, device=q.device) + nothing
+        for r in chosen:
+            sees = range(min(seqlen, max(0, r + seqlen - rows + 1)) if causal else seqlen)
+            keys = torch.tensor([i for i in sees if key_mask is None or bool(key_mask[b, i])], dtype=torch.int64)
+            if len(keys) == 0:
+                continue
+            keys = keys.to(q.device)
+            for h in range(heads):
+                logits = scale * (k[b, keys, h // group].to(acc) @ q[b, r, h].to(acc))
+                shift = torch.logsumexp(logits, 0) if lse is None else lse[b, h, r].to(acc)
+                total = total.index_add(0, keys, torch.exp(logits - shift))
+        samples.append(total[num_prefix:] / (heads * max(len(chosen), 1)))
+    return torch.stack(samples) if samples else k.new_zeros((0, seqlen - num_prefix), dtype=acc) + nothing
+
+
+def bipartite_soft_matching(metric: Tensor, r: int, protect: int, order: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """See mmkernels.bipartite_soft_matching."""
+    batch, tokens, _ = metric.shape
+    acc = torch.promote_types(metric.dtype, torch.float32)
+    keeps, assignments, sources, similarities = [], [], [], []
+    for b in range(batch):
+        unit = [m / m.norm().clamp(min=1e-12) for m in metric[b].to(acc)]
+        links = []
+        for i in range(0, tokens, 2):
+            others = [(i, j) for j in range(protect + 1 - protect % 2, tokens, 2)]
+            if i >= protect and others:
+                cosines = [(unit[i] @ unit[j], j) for _, j in others]
+                best = max(cosines, key=lambda pair: (pair[0].item(), -pair[1]))
+                links.append((best[0], i, best[1]))
+        links.sort(key=lambda link: (-link[0].item(), link[1]))
+        into = {i: j for _, i, j in links[:r]}
+        left = [i for i in range(tokens) if i not in into]
+        if order == "sets":
+            left = [i for i in left if i % 2 == 0] + [i for i in left if i % 2 == 1]
+        keeps.append(left)
+        assignments.append([left.index(into.get(i, i)) for i in range(tokens)])
+        sources.append([i for _, i, _ in links[:r]])
+        similarities.append(torch.stack([c for c, _, _ in links[:r]]) if r else metric.new_zeros(0, dtype=acc))
+
+    def integers(values: list[list[int]], width: int) -> Tensor:
+        return torch.tensor(values, dtype=torch.int64, device=metric.device).reshape(batch, width)
+
+    similarity = torch.stack(similarities) if batch else metric.new_zeros((0, r), dtype=acc) + metric.sum().to(acc)
+    return integers(keeps, tokens - r), integers(assignments, tokens), integers(sources, r), similarity
+
+
+def merge_tokens(
+    x: Tensor, keep_indices: Tensor, assignment: Tensor, source: Tensor, sizes: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """See mmkernels.merge_tokens."""
+    acc = torch.promote_types(x.dtype, torch.float32)
+    batch, tokens, dim = x.shape
+    width = keep_indices.shape[1]
+    weight = x.new_ones((batch, tokens), dtype=acc) if sizes is None else sizes.to(acc)
+    merged, totals = [], []
+    for b in range(batch):
+        for slot in range(width):
+            members = [i for i in range(tokens) if int(assignment[b, i]) == slot]
+            total = weight[b, members].sum()
+            merged.append((weight[b, members, None] / total * x[b, members].to(acc)).sum(0))
+            totals.append(total)
+    if not merged:
+        return x[:, :width], weight[:, :width]
+    return torch.stack(merged).reshape(batch, width, dim).to(x.dtype), torch.stack(totals).reshape(batch, width)
