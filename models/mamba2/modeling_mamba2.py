@@ -1,6 +1,6 @@
 """Mamba2LMForCausalLM: a Mamba-2 language model on this package's ops, with names as in state-spaces/mamba2-*.
 
-Prefill runs `ssd_scan`, `causal_conv1d` and `gated_rms_norm`; a token of decoding is one `mamba2_step` per block and
+Prefill runs `ssd_scan`, `causal_conv1d` and `gated_rms_norm`; a token of decoding is one native call and
 one `decode_linear` for the head.  Source: Dao and Gu, "Transformers are SSMs" (arXiv 2405.21060).
 """
 
@@ -22,6 +22,7 @@ from mmkernels.interop.transformers import (
     recurrent_padding_mask,
 )
 from mmkernels.layers import GatedRMSNorm, Mamba2Block, Mamba2Mixer
+from mmkernels.layers.mamba2_stack import StackStep
 from mmkernels.models.mamba2.configuration_mamba2 import Mamba2LMConfig
 from mmkernels.ops.decode_linear.api import decode_linear
 
@@ -88,6 +89,7 @@ class Mamba2LMModel(Mamba2LMPreTrainedModel):
         self.embedding = nn.Embedding(config.padded_vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(build_block(config) for _ in range(config.num_hidden_layers))
         self.norm_f = GatedRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self._stack = StackStep()
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -160,6 +162,13 @@ class Mamba2LMModel(Mamba2LMPreTrainedModel):
     def _step(self, token: Tensor, cache: Cache, keep: bool) -> tuple[Tensor, list[Tensor]]:
         """The running sum after the last block, and before each (if kept)."""
         hidden, residual, states = token, cast(Tensor | None, None), []
+        if not keep:
+            places = range(len(self.layers))
+            conv_states = [cast(Tensor, cache.get_conv_state(i)) for i in places]
+            ssm_states = [cast(Tensor, cache.get_recurrent_state(i)) for i in places]
+            taken = self._stack(self.layers, token, conv_states, ssm_states)
+            if taken is not None:
+                return (taken[0] + taken[1])[:, None], []
         for i, block in enumerate(self.layers):
             if keep:
                 states.append((hidden if residual is None else residual + hidden)[:, None])
