@@ -110,9 +110,13 @@ class Mamba2LMModel(Mamba2LMPreTrainedModel):
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
+        uncounted: int = 0,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
-        """Hidden states after the last norm; arguments as in `Mamba2LMForCausalLM.forward`."""
+        """Hidden states after the last norm; arguments as in `Mamba2LMForCausalLM.forward`.
+
+        The cache's length leaves out the first `uncounted` positions: an image in front of the text has no token ids.
+        """
         if kwargs.pop("output_attentions", None):
             raise ConfigError(
                 "Mamba2LMModel: output_attentions must be False; got True. There is no attention: hook layer.mixer."
@@ -123,7 +127,7 @@ class Mamba2LMModel(Mamba2LMPreTrainedModel):
         cache = self._cache(use_cache, past_key_values)
         mask = self._padding(attention_mask, hidden, cache)
         if cache is not None:
-            count_tokens(cache, hidden)
+            count_tokens(cache, hidden[:, uncounted:])
         if self._steps(hidden, mask, cache):
             total, states = self._step(hidden[:, 0], cast(Cache, cache), bool(output_hidden_states))
         else:
@@ -276,7 +280,7 @@ class Mamba2LMForCausalLM(Mamba2LMPreTrainedModel, RecurrentGenerationMixin):
             output_attentions=kwargs.pop("output_attentions", None),
         )
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self._head(outputs.last_hidden_state[:, keep])[..., : self.config.vocab_size]
+        logits = self.logits(outputs.last_hidden_state[:, keep])
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
@@ -286,6 +290,10 @@ class Mamba2LMForCausalLM(Mamba2LMPreTrainedModel, RecurrentGenerationMixin):
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
         )
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(batch, seqlen, hidden) to (batch, seqlen, vocab_size); rows that pad the table have no column."""
+        return self._head(hidden)[..., : self.config.vocab_size]
 
     def _head(self, hidden: Tensor) -> Tensor:
         few = hidden.shape[0] * hidden.shape[1] <= _DECODE_ROWS and hidden.device.type == "cpu"
