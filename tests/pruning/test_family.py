@@ -1,4 +1,4 @@
-"""VisionZip, PruMerge(+), VisPruner, DivPrune, HiPrune, ToMe: each against slow_pruners.py, its formula in plain loops."""
+"""VisionZip, PruMerge(+), VisPruner, DivPrune, HiPrune, ToMe: each against its formula in plain loops."""
 
 import pytest
 import slow_pruners as slow

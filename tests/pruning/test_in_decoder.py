@@ -179,6 +179,6 @@ def test_sparsevlm_bad_input():
     pruner = get_pruner("sparsevlm", num_keep=2)
     with pytest.raises(ConfigError, match="hidden_states must be given"):
         pruner.merged(step, pruner.keep(step))
+    visual = torch.tensor([[False, True, True]])
     with pytest.raises(DataError, match="must have text behind the image; got none in sample 0"):
-        visual = torch.tensor([[False, True, True]])
         pruner.query_rows(torch.randn(1, 3, 2), visual, torch.ones_like(visual))
