@@ -6,16 +6,18 @@ the configuration stay as they are.
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from torch import Tensor
 
-from mmkernels.errors import ConfigError, nearest
-from mmkernels.interop.prune_call import narrow_call, recall, remember
+from mmkernels.errors import BackendError, ConfigError, nearest
+from mmkernels.interop.prune_call import Narrowed, Past, narrow_call, recall, remember
+from mmkernels.interop.prune_decoder import DecoderRun, PromptRun, check_decoder
 from mmkernels.interop.prune_layout import ImageTokens
 from mmkernels.interop.prune_seams import Choice, Llava, seam_of
-from mmkernels.pruning.pruner import TokenPruner
+from mmkernels.interop.transformers import cached_tokens
+from mmkernels.pruning.pruner import DecoderPruner, TokenPruner
 from mmkernels.pruning.registry import get_pruner
 
 Policy = Literal["compact", "original"]
@@ -28,11 +30,13 @@ class Pruning:
 
     Attributes:
         choice: pruner of the vision side.
+        decoder: pruner between layers of the decoder.
         compact: whether positions are counted anew.
         kept: of the last call with images, the patches that each image kept (crops counted through; -1: no patch).
     """
 
     choice: Choice
+    decoder: DecoderPruner | None = None
     compact: bool = True
     kept: list[Tensor] = field(default_factory=list)
 
@@ -133,8 +137,17 @@ def prune(
             f"{nearest(str(position_policy), _POLICIES)}"
         )
     seam = seam_of(model)
-    _check(seam, chosen)
-    pruning = Pruning(Choice(chosen, skip_padding), position_policy == "compact")
+    if isinstance(chosen, DecoderPruner):
+        if not seam.plain_decoder or hasattr(model.config, "modality_mutual"):
+            raise BackendError(
+                f"prune: {chosen.name} must have a causal decoder; {type(model).__name__} lets images read what "
+                "follows them. Use a pruner of the vision side, such as vtc_cls."
+            )
+        check_decoder(seam.decoder, chosen)
+        pruning = Pruning(Choice(None), chosen)
+    else:
+        _check(seam, chosen)
+        pruning = Pruning(Choice(chosen, skip_padding), compact=position_policy == "compact")
     before = model.__dict__.get("_pruning")
     if not isinstance(model, PrunedModel):
         model.__class__ = pruned_class(type(model))
@@ -181,7 +194,8 @@ class PrunedModel:
     ) -> Any:
         """`generate` encodes images before it repeats rows: so do we, pruned, once an image."""
         pruning = self.__dict__.get("_pruning")
-        if pruning is not None and model_kwargs.get("pixel_values") is not None:
+        here = pruning is not None and pruning.choice.pruner is not None
+        if pruning is not None and here and model_kwargs.get("pixel_values") is not None:
             images = take_images(seam_of(self), pruning, model_kwargs)
             if images is not None:
                 model_kwargs["mm_encoder_outputs"] = {"image": images}
@@ -270,7 +284,9 @@ def forward_pruned(model: Any, stock: Callable[..., Any], given: dict[str, Any])
     if pruning is None and past is None:
         return stock(model, **given)
     seam = seam_of(model)
-    images = None if pruning is None else take_images(seam, pruning, given)
+    if pruning is not None and pruning.decoder is not None and _has_images(given, seam):
+        return _prompt_through_layers(model, stock, given, seam, pruning.decoder, past)
+    images = None if pruning is None or pruning.choice.pruner is None else take_images(seam, pruning, given)
     if images is None and past is None:
         return stock(model, **given)
     if given.get("mma_spans") is not None:
@@ -278,18 +294,69 @@ def forward_pruned(model: Any, stock: Callable[..., Any], given: dict[str, Any])
             "prune: the model must be made modality-mutual first and pruned afterwards; got spans of the unpruned "
             "prompt. Detach, call make_modality_mutual, and prune again."
         )
-    call = narrow_call(
-        given,
-        images,
-        past,
-        image_token_id=seam.image_token_id,
-        position_start=seam.position_start,
-        compact=past.compact if past is not None else pruning is None or pruning.compact,
-    )
+    compact = past.compact if past is not None else pruning is None or pruning.compact
+    call = _narrow(given, seam, images, past, compact=compact)
     if images is not None:
         seam.hand_over(given, images)
-    outputs = stock(model, **given)
+    if past is None or not past.stages:
+        return _remembered(stock(model, **given), given, call.past if call.changed else None)
+    run = DecoderRun(seam.decoder, call.past, past.stages, given["position_ids"], given["past_key_values"])
+    with run.hooked():
+        outputs = stock(model, **given)
+    return _remembered(outputs, given, replace(call.past, stages=run.stages()))
+
+
+def _narrow(given: dict[str, Any], seam: Llava, images: Any, past: Past | None, **options: bool) -> Narrowed:
+    always = options.pop("always", past is not None and bool(past.stages))
+    token, start = seam.image_token_id, seam.position_start
+    return narrow_call(given, images, past, image_token_id=token, position_start=start, always=always, **options)
+
+
+def _remembered(outputs: Any, given: dict[str, Any], past: Past | None) -> Any:
     cache = getattr(outputs, "past_key_values", None) or given.get("past_key_values")
-    if cache is not None and call.changed:
-        remember(cache, call.past)
+    if cache is not None and past is not None:
+        remember(cache, past)
     return outputs
+
+
+def _has_images(given: dict[str, Any], seam: Llava) -> bool:
+    encoded = given.get("mm_encoder_outputs") or {}
+    return given.get("pixel_values") is not None or encoded.get("image") is not None
+
+
+def _prompt_through_layers(
+    model: Any, stock: Callable[..., Any], given: dict[str, Any], seam: Llava, pruner: DecoderPruner, past: Past | None
+) -> Any:
+    """A prompt with images whose tokens are dropped between layers; the loss is that of those that reach the end."""
+    ids, labels = given.get("input_ids"), given.pop("labels", None)
+    if past is not None or cached_tokens(given.get("past_key_values")):
+        raise ConfigError(
+            f"prune: {pruner.name} must see a prompt whole; got images behind cached tokens. Prefill in one call (no "
+            "prefill_chunk_size), with a new cache for a new image."
+        )
+    if ids is None or isinstance(given.get("logits_to_keep"), Tensor):
+        raise ConfigError(
+            f"prune: {pruner.name} must get input_ids, and for logits_to_keep a number; got "
+            f"{'inputs_embeds' if ids is None else 'indices, whose columns move'}. Pass what the processor made."
+        )
+    call = _narrow(given, seam, None, None, compact=True, always=True)
+    prompt = call.past.mask
+    if labels is not None:
+        prompt = prompt & ((labels != -100).cumsum(-1) == 0)
+    cache, positions = given.get("past_key_values"), given["position_ids"]
+    visual = ids == seam.image_token_id
+    run = PromptRun(pruner, visual, prompt, decoder=seam.decoder, past=call.past, positions=positions, cache=cache)
+    with run.hooked():
+        outputs = stock(model, **given)
+    if labels is not None:
+        outputs = _with_loss(model, outputs, run.take_labels(labels), given)
+    return _remembered(outputs, given, replace(call.past, stages=run.stages()) if run.stages() else None)
+
+
+def _with_loss(model: Any, outputs: Any, labels: Tensor, given: dict[str, Any]) -> Any:
+    if not hasattr(outputs, "logits"):
+        raise ConfigError("prune: return_dict must be left True with labels and layers that drop tokens; got tuples.")
+    counted = {name: given[name] for name in ("num_items_in_batch",) if name in given}
+    size = model.config.get_text_config().vocab_size
+    loss = model.loss_function(logits=outputs.logits, labels=labels, vocab_size=size, **counted)
+    return type(outputs)(**{**outputs, "loss": loss})

@@ -27,11 +27,13 @@ class Stage:
         layer: the first of them.
         mask: (batch, columns) bool, the columns of their part of the cache, False at padding.
         removed: (batch, 1) int64, tokens of each row that are gone, those gone at the vision side included.
+        compact: whether positions were counted anew.
     """
 
     layer: int
     mask: Tensor
     removed: Tensor
+    compact: bool
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,7 @@ class Llava:
     """LLaVA-1.5 and its like: one feature layer (or several, side by side), projected patch by patch."""
 
     names: ClassVar[tuple[str, ...]] = ("LlavaModel",)
+    plain_decoder: ClassVar[bool] = True  # causal over the whole prompt: layers may see fewer tokens
     position_start: ClassVar[int] = 0
 
     def __init__(self, model: Any, core: Any):
@@ -210,6 +211,7 @@ class PaliGemma(Llava):
     """PaliGemma: the tower's normed last hidden state, projected; the prompt reads itself in both directions."""
 
     names = ("PaliGemmaModel",)
+    plain_decoder = False
     position_start = 1
 
     def layers(self, chosen: Any = None) -> tuple[int, ...]:
@@ -240,6 +242,7 @@ class Aki(Llava):
     """AKI: the resampler's latents are the image's tokens, so they are what is pruned; they come in no raster."""
 
     names = ("AkiForConditionalGeneration",)
+    plain_decoder = False
 
     def __init__(self, model: Any, core: Any):
         self.model, self.core, self.config = model, core, core.config

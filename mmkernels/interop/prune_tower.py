@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from mmkernels.errors import BackendError, ConfigError, ShapeError
 from mmkernels.ops.token_pruning.api import cls_attention_scores
+from mmkernels.ops.token_pruning.received import attention_column_scores
 from mmkernels.pruning.pruner import Encoder, Tap
 
 # How the two projections of an attention module are called: CLIP, SigLIP, ...; ViT, DINOv2.
@@ -207,8 +208,9 @@ def tap_of(tap: Tap, q: Tensor, k: Tensor, scale: float, key_prefix: int) -> Ten
             return k
         if tap.what == "cls_query":
             return q[:, 0]
-        rows = {"cls_row": q[:, :1], "column": q}
-        row = rows[tap.what] if tap.what in rows else q.mean(dim=1, keepdim=True)
+        if tap.what == "column":
+            return attention_column_scores(q, k, scale=scale, num_prefix=key_prefix)
+        row = q[:, :1] if tap.what == "cls_row" else q.mean(dim=1, keepdim=True)
         return cls_attention_scores(row, k, scale=scale, num_prefix=key_prefix)
 
 

@@ -9,8 +9,13 @@ from typing import Any
 import torch
 import transformers
 from transformers import AttentionInterface, AttentionMaskInterface, GenerationMixin
-from transformers.cache_utils import Cache, CacheLayerMixin, LinearAttentionCacheLayerMixin
-from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, sdpa_mask
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, LinearAttentionCacheLayerMixin
+from transformers.masking_utils import (
+    bidirectional_mask_function,
+    causal_mask_function,
+    create_causal_mask,
+    sdpa_mask,
+)
 
 from mmkernels.errors import BackendError, ConfigError, ShapeError
 
@@ -207,3 +212,25 @@ def prefill_chunk_size(model: Any, generation_config: Any, given: dict[str, Any]
 def cached_tokens(cache: Cache | None) -> int:
     """Tokens a cache has seen."""
     return 0 if cache is None else int(cache.get_seq_length())
+
+
+def causal_mask(
+    config: Any, embeds: torch.Tensor, mask: torch.Tensor, cache: Cache | None, layer: int, position_ids: torch.Tensor
+) -> Any:
+    """The mask that attention of one decoder layer wants, when that layer's part of the cache has a length of its own.
+
+    Args:
+        config: of the decoder.
+        embeds: (batch, width, dim), for its shape, dtype and device.
+        mask: (batch, columns) padding mask of that layer's part of the cache and the call.
+        cache: of the call, or None.
+        layer: the layer.
+        position_ids: (batch, width).
+    """
+    alone = None
+    if cache is not None:
+        alone = DynamicCache()
+        alone.layers = cache.layers[layer : layer + 1]
+    return create_causal_mask(
+        config=config, inputs_embeds=embeds, attention_mask=mask, past_key_values=alone, position_ids=position_ids
+    )

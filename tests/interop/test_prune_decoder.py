@@ -1,0 +1,297 @@
+"""Pruners between decoder layers: against a decoder written out with full attention maps and lists of keys."""
+
+import copy
+from dataclasses import dataclass
+from typing import ClassVar
+
+import pytest
+import torch
+from torch.nn import functional as F
+from transformers import Qwen3Config
+from vlm_tiny import IMAGE, TEXT, batch, llava, paligemma, stir
+
+import mmkernels
+import mmkernels.interop.mma_halves  # registers mmkernels_mma
+from mmkernels.errors import BackendError, ConfigError, ShapeError
+from mmkernels.pruning.pruner import DecoderPruner, Extras
+
+PICTURE = "<image>"
+ROWS = [[1, 5, PICTURE, 7, 8, 9], [1, PICTURE, 4, PICTURE, 6, 3, 3, 2], [1, 2, 3, 4]]
+LAYERS = 4
+
+
+@pytest.fixture(scope="module")
+def model():
+    return llava(text_layers=LAYERS)
+
+
+class Slow:
+    """One sample through a Llama or Qwen3, with the whole attention map of every layer, and tokens dropped by rule."""
+
+    def __init__(self, model, drops, compact):
+        self.model, self.drops, self.compact = model, drops, compact
+        self.layers = model.model.language_model.layers
+        self.keys = [[] for _ in self.layers]  # (key, value) of each token a layer has seen
+        self.removed = [0] * len(self.layers)
+
+    def turn(self, x, position):
+        """Rotary embedding of one head, (headdim,), at one position."""
+        half = x.shape[-1] // 2
+        angles = position / 10000 ** (torch.arange(half) / half)
+        a, b = x[..., :half], x[..., half:]
+        return torch.cat([a * angles.cos() - b * angles.sin(), b * angles.cos() + a * angles.sin()], -1)
+
+    def project(self, layer, x, positions):
+        at, normed = layer.self_attn, layer.input_layernorm(x)
+        q, k, v = (p(normed).unflatten(-1, (-1, at.head_dim)) for p in (at.q_proj, at.k_proj, at.v_proj))
+        if hasattr(at, "q_norm"):
+            q, k = at.q_norm(q), at.k_norm(k)
+        q = torch.stack([self.turn(row, p) for row, p in zip(q, positions, strict=True)])
+        k = torch.stack([self.turn(row, p) for row, p in zip(k, positions, strict=True)])
+        return q, k, v
+
+    def maps(self, layer, q, k):
+        """(heads, rows, keys), the rows being the last ones."""
+        at = layer.self_attn
+        k = k.repeat_interleave(at.num_key_value_groups, dim=1)
+        logits = torch.einsum("qhd,khd->hqk", q, k) * at.scaling
+        rows, keys = logits.shape[1:]
+        later = torch.arange(keys)[None] > torch.arange(keys - rows, keys)[:, None]
+        return logits.masked_fill(later, -torch.inf).softmax(-1)
+
+    def run(self, x, positions, visual=None, last=-1):
+        """Hidden states of new tokens; with `visual` (bool list), a prompt whose tokens are dropped."""
+        positions, original = list(positions), sum(visual or [])
+        scores, start = None, len(self.keys[0])
+        columns = list(range(len(positions)))
+        for index, layer in enumerate(self.layers):
+            if visual is not None and index in self.drops:
+                scoring, count = self.drops[index]
+                if scoring == index:
+                    q, k, _ = self.project(layer, x, positions)
+                    scores = self.maps(layer, q, k).mean(0)[columns.index(last)]
+                ranked = sorted((c for c in range(len(x)) if visual[c]), key=lambda c: -float(scores[c]))
+                kept = set(ranked[: count(original)])
+                stay = [c for c in range(len(x)) if not visual[c] or c in kept]
+                x, visual = x[stay], [visual[c] for c in stay]
+                columns = [columns[c] for c in stay]
+                positions = list(range(len(stay))) if self.compact else [positions[c] for c in stay]
+                for later in range(index, len(self.layers)):
+                    self.removed[later] += len(scores) - len(stay)
+            elif visual is None:
+                shift = self.removed[index] if self.compact else 0
+                positions = [start_position - shift for start_position in self.absolute(start, len(x))]
+            q, k, v = self.project(layer, x, positions)
+            self.keys[index] += list(zip(k, v, strict=True))
+            keys, values = (torch.stack(t) for t in zip(*self.keys[index], strict=True))
+            weights = self.maps(layer, q, keys)
+            if visual is not None:
+                scores = weights.mean(0)[columns.index(last)]
+            values = values.repeat_interleave(layer.self_attn.num_key_value_groups, dim=1)
+            x = x + layer.self_attn.o_proj(torch.einsum("hqk,khd->qhd", weights, values).flatten(1))
+            x = x + layer.mlp(layer.post_attention_layernorm(x))
+        self.columns = columns
+        return self.model.lm_head(self.model.model.language_model.norm(x))
+
+    def absolute(self, start, count):
+        return range(start, start + count)
+
+
+def embeddings(model, row, pixels):
+    """Embeddings of a prompt, and which of them are visual."""
+    table, parts, visual = model.get_input_embeddings(), [], []
+    images = list(model.model.get_image_features(pixels).pooler_output) if len(pixels) else []
+    for part in row:
+        parts.append(images.pop(0) if part == PICTURE else table(torch.tensor([part])))
+        visual += [part == PICTURE] * len(parts[-1])
+    return torch.cat(parts), visual
+
+
+PRUNERS = {
+    "fastv": ({"num_keep": 5, "layer": 2}, {2: (1, lambda n: 5)}, False),
+    "fastv_ratio": ({"keep_ratio": 0.25, "layer": 1}, {1: (0, lambda n: n // 4)}, False),
+    "pyramiddrop": ({}, {1: (1, lambda n: n // 2), 2: (2, lambda n: n // 4), 3: (3, lambda n: n // 8)}, True),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", PRUNERS)
+@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+def test_prefill_and_decoding_equal_the_decoder_written_out(name, kind):
+    if kind == "qwen3":
+        text = Qwen3Config(**{**TEXT, "num_hidden_layers": LAYERS, "head_dim": 8})
+        model = stir(type(llava())(llava().config.__class__(**{**llava().config.to_dict(), "text_config": text})))
+    else:
+        model = llava(text_layers=LAYERS)
+    options, drops, compact = PRUNERS[name]
+    inputs, used = batch(ROWS), 0
+    with mmkernels.prune(model, name.split("_")[0], **options):
+        made = model.generate(
+            **inputs, max_new_tokens=4, do_sample=False, output_logits=True, return_dict_in_generate=True
+        )
+    lengths = [layer.keys.shape[2] for layer in made.past_key_values.layers]
+    assert lengths[0] == inputs["input_ids"].shape[1] + 3
+    assert lengths[-1] < lengths[0]
+    for i, row in enumerate(ROWS):
+        pixels = inputs["pixel_values"][used : used + row.count(PICTURE)]
+        used += row.count(PICTURE)
+        x, visual = embeddings(model, row, pixels)
+        slow = Slow(model, drops if any(visual) else {}, compact)
+        logits = [slow.run(x, range(len(x)), visual, last=len(x) - 1)[-1]]
+        new = made.sequences[i, -4:]
+        for token in new[:-1]:
+            logits.append(slow.run(model.get_input_embeddings()(token[None]), [0], None)[-1])
+        got = torch.stack([step[i] for step in made.logits])
+        torch.testing.assert_close(got, torch.stack(logits), atol=5e-5, rtol=1e-3)
+
+
+@torch.no_grad()
+def test_keeping_every_token_changes_no_bit(model):
+    inputs, kind = batch(ROWS), type(model)
+    stock = model(**inputs).logits
+    with mmkernels.prune(model, "fastv", keep_ratio=1.0):
+        assert torch.equal(model(**inputs).logits, stock)
+        text = {name: inputs[name][2:, -4:] for name in ("input_ids", "attention_mask")}
+        alone = model(**text).logits
+    assert type(model) is kind
+    assert torch.equal(model(**text).logits, alone)
+    assert not any(layer._forward_pre_hooks for layer in model.model.language_model.layers)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("implementation", ["eager", "mmkernels_mma"])
+def test_every_attention_implementation(implementation):
+    model, inputs = llava(text_layers=LAYERS), batch(ROWS)
+    with mmkernels.prune(model, "pyramiddrop"):
+        expected = model.generate(
+            **inputs, max_new_tokens=3, do_sample=False, output_logits=True, return_dict_in_generate=True
+        )
+        model.model.language_model.set_attn_implementation(implementation)
+        got = model.generate(
+            **inputs, max_new_tokens=3, do_sample=False, output_logits=True, return_dict_in_generate=True
+        )
+    for a, b in zip(got.logits, expected.logits, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-3)
+
+
+@torch.no_grad()
+def test_a_conversation_goes_on(model):
+    inputs = batch(ROWS[:1])
+    with mmkernels.prune(model, "fastv", num_keep=4):
+        first = model.generate(**inputs, max_new_tokens=3, do_sample=False, return_dict_in_generate=True)
+        cache, ids = first.past_key_values, first.sequences
+        more = torch.cat([ids, torch.tensor([[7, 8]])], 1)
+        mask = torch.ones_like(more)
+        one = model(more[:, -3:], past_key_values=copy.deepcopy(cache), attention_mask=mask).logits[0, -1]
+        step = copy.deepcopy(cache)
+        for t in range(3, 0, -1):
+            end = more.shape[1] - t + 1
+            logits = model(more[:, end - 1 : end], past_key_values=step, attention_mask=mask[:, :end]).logits[0, -1]
+        torch.testing.assert_close(one, logits, atol=2e-5, rtol=1e-4)
+        again = model.generate(
+            more,
+            past_key_values=cache,
+            max_new_tokens=2,
+            do_sample=False,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+        torch.testing.assert_close(again.logits[0][0], one, atol=2e-5, rtol=1e-4)
+        with pytest.raises(ConfigError, match="with a new cache"):
+            model(**batch([[4, PICTURE]]), past_key_values=cache)
+
+
+def test_labels_of_the_tokens_that_reach_the_end(model):
+    inputs = batch(ROWS[:1], side="right")
+    labels = torch.full_like(inputs["input_ids"], -100)
+    labels[0, -2:] = inputs["input_ids"][0, -2:]
+    model.zero_grad()
+    with mmkernels.prune(model, "fastv", num_keep=5, layer=2):
+        out = model(**inputs, labels=labels)
+        out.loss.backward()
+    assert model.model.multi_modal_projector.linear_1.weight.grad.abs().max() > 0
+    model.zero_grad()
+    with torch.no_grad():
+        x, visual = embeddings(model, ROWS[0], inputs["pixel_values"])
+        slow = Slow(model, PRUNERS["fastv"][1], False)
+        logits = slow.run(x, range(len(x)), visual, last=len(x) - 3)  # the token in front of the answer chooses
+        assert len(logits) == len(x) - 11
+        expected = F.cross_entropy(logits[-3:-1], labels[0, -2:])
+    torch.testing.assert_close(out.loss.detach(), expected, atol=1e-5, rtol=1e-4)
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Merging(DecoderPruner):
+    """Drops all but the first two visual tokens before layer 2, and puts the mean of the dropped behind them."""
+
+    name: ClassVar[str] = "merging"
+    position_policy: ClassVar = "compact"
+
+    def drop_layers(self, num_layers):
+        return {2: 1}
+
+    def keep(self, step):
+        return ~(step.is_visual & step.mask) | (step.is_visual.cumsum(1) <= 2)
+
+    def merged(self, step, keep):
+        gone = ~keep & step.mask
+        some = gone.any(1, keepdim=True)
+        mean = (step.hidden_states * gone[..., None]).sum(1) / gone.sum(1, keepdim=True).clamp(min=1)
+        return Extras(mean[:, None], some, gone.sum(1, keepdim=True).float())
+
+
+@torch.no_grad()
+def test_merged_tokens_stand_behind_those_that_stay(model):
+    inputs = batch(ROWS)
+    with mmkernels.prune(model, Merging(num_keep=2)):
+        got = model(**inputs, use_cache=True)
+        step = model(
+            torch.tensor([[11]] * 3),
+            past_key_values=got.past_key_values,
+            attention_mask=F.pad(inputs["attention_mask"], (0, 1), value=1),
+            position_ids=inputs["attention_mask"].sum(1, keepdim=True),
+        ).logits
+    hidden = model(**inputs, output_hidden_states=True).hidden_states[2]
+    decoder = model.model.language_model
+    for i, row in enumerate(ROWS):
+        length = len(row) + 15 * row.count(PICTURE)
+        own, ids = hidden[i, -length:], inputs["input_ids"][i, -length:]
+        places = (ids == IMAGE).nonzero()[:, 0].tolist()
+        if places:
+            own = torch.cat(
+                [
+                    own[: places[2]],
+                    own[places[2:]].mean(0)[None],
+                    own[[c for c in range(places[2], length) if c not in places]],
+                ]
+            )
+        late = copy.deepcopy(decoder)
+        late.layers = decoder.layers[2:]
+        late.config.num_hidden_layers = 2
+        expected = model.lm_head(late(inputs_embeds=own[None], use_cache=False).last_hidden_state)[0]
+        torch.testing.assert_close(got.logits[i, -len(own) :], expected, atol=5e-5, rtol=1e-3)
+    assert step.shape == (3, 1, 64)
+
+
+def test_what_cannot_drop_says_so(model):
+    inputs = batch(ROWS)
+    with pytest.raises(BackendError, match="lets images read"):
+        mmkernels.prune(paligemma(), "fastv", num_keep=4)
+    mutual = mmkernels.interop.make_modality_mutual(llava(), image_token_id=IMAGE)
+    with pytest.raises(BackendError, match="lets images read"):
+        mmkernels.prune(mutual, "fastv", num_keep=4)
+    with pytest.raises(ShapeError, match=r"layer must be rising numbers in 1 \.\. 3"):
+        mmkernels.prune(model, "fastv", num_keep=4, layer=4)
+    mistral = llava(text_layers=2)
+    mistral.model.language_model.config.layer_types = ["full_attention", "sliding_attention"]
+    with pytest.raises(BackendError, match="full attention in every layer"):
+        mmkernels.prune(mistral, "fastv", num_keep=4, layer=1)
+    with mmkernels.prune(model, "fastv", num_keep=4):
+        with pytest.raises(ConfigError, match="in one call"):
+            model.generate(**inputs, max_new_tokens=2, prefill_chunk_size=8)
+        model.train()
+        model.gradient_checkpointing_enable()
+        with pytest.raises(ConfigError, match="gradient checkpointing must be off"):
+            model(**inputs)
+        model.gradient_checkpointing_disable()
+        model.eval()
