@@ -95,6 +95,11 @@ STABLE_TORCH_LIBRARY(mmkernels, m) {
       "Tensor? in_bias, Tensor? conv_bias, Tensor? gate_weight, Tensor? out_bias, float eps, float gate_eps, "
       "float dt_low, float dt_high, bool norm_before_gate, bool residual_in_fp32) -> (Tensor out, Tensor residual_sum)");
 
+  // The same through a row of blocks, one after the other: kParameters tensors and kNumbers numbers of each.
+  m.def(
+      "mamba2_steps(Tensor hidden, Tensor? residual, Tensor(a!)[] conv_states, Tensor(b!)[] ssm_states, "
+      "Tensor?[] parameters, float[] numbers) -> (Tensor out, Tensor residual_sum)");
+
   // The instruction set in use, the best this CPU has, and a way for tests to lower it.
   m.def("isa() -> str");
   m.def("best_isa() -> str");

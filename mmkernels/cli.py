@@ -74,15 +74,18 @@ def _parser() -> argparse.ArgumentParser:
     distill.add_argument("--resume", action="store_true", help="continue from the last checkpoint in --out")
     distill.set_defaults(run=_distill)
 
-    convert = commands.add_parser("convert", help="convert HoVLE, mmMamba and AKI checkpoints, both ways, strictly")
-    convert.add_argument("--model", default="mmmamba", choices=("mmmamba", "aki"), help="whose checkpoint it is")
+    convert = commands.add_parser("convert", help="convert mmMamba, AKI and ML-Mamba checkpoints, both ways")
+    convert.add_argument("--model", default="mmmamba", choices=tuple(_CONVERTERS), help="whose checkpoint it is")
     convert.add_argument("source", type=Path, nargs="+", help="file or folder; training files stage by stage")
     convert.add_argument("destination", type=Path, help="folder (or .pt file) to write")
     convert.add_argument(
-        "--layout", default="auto", help="of the source: hovle, mmmamba, aki, training, mmkernels or auto"
+        "--layout", default="auto", help="of the source: hovle, mmmamba, aki, training, ml-mamba, mmkernels or auto"
     )
     convert.add_argument("--to", default="mmkernels", help="mmkernels, official or training")
     convert.add_argument("--base", type=Path, help="the teacher, or the tower, that training files belong to")
+    convert.add_argument(
+        "--vision", type=Path, action="append", help="a pretrained tower's folder, once for each (--model ml-mamba)"
+    )
     convert.add_argument("--stage", type=int, default=3, help="with --to training: whose tensors are written")
     convert.add_argument("--overwrite", action="store_true", help="replace an existing destination")
     convert.set_defaults(run=_convert)
@@ -184,8 +187,20 @@ def _distill(arguments: argparse.Namespace) -> int:
 
 
 def _convert(arguments: argparse.Namespace) -> int:
-    if arguments.model == "aki":
-        return _convert_aki(arguments)
+    foreign = {"--vision": ("ml-mamba", arguments.vision), "--base": ("mmmamba aki", arguments.base)}
+    for name, (owners, value) in foreign.items():
+        if value is not None and arguments.model not in owners.split():
+            raise ConfigError(f"convert: {name} must come with --model {owners.replace(' ', ' or ')}; got it without.")
+    if arguments.model != "mmmamba" and len(arguments.source) != 1:
+        raise ConfigError(
+            f"convert: {arguments.model} needs one source; got {len(arguments.source)}. Its files hold the whole model."
+        )
+    _CONVERTERS[arguments.model](arguments)
+    print(f"wrote {arguments.destination}")
+    return 0
+
+
+def _convert_mmmamba(arguments: argparse.Namespace) -> None:
     from mmkernels.models.mmmamba.convert_mmmamba import convert_checkpoint
 
     convert_checkpoint(
@@ -197,18 +212,11 @@ def _convert(arguments: argparse.Namespace) -> int:
         stage=arguments.stage,
         overwrite=arguments.overwrite,
     )
-    print(f"wrote {arguments.destination}")
-    return 0
 
 
-def _convert_aki(arguments: argparse.Namespace) -> int:
-    from mmkernels.errors import ConfigError
+def _convert_aki(arguments: argparse.Namespace) -> None:
     from mmkernels.models.aki.convert_aki import convert_checkpoint
 
-    if len(arguments.source) != 1:
-        raise ConfigError(
-            f"convert: AKI needs one source; got {len(arguments.source)}. Its training files hold the whole decoder."
-        )
     convert_checkpoint(
         arguments.source[0],
         arguments.destination,
@@ -217,8 +225,22 @@ def _convert_aki(arguments: argparse.Namespace) -> int:
         base=arguments.base,
         overwrite=arguments.overwrite,
     )
-    print(f"wrote {arguments.destination}")
-    return 0
+
+
+def _convert_ml_mamba(arguments: argparse.Namespace) -> None:
+    from mmkernels.models.ml_mamba.convert_ml_mamba import convert_checkpoint
+
+    convert_checkpoint(
+        arguments.source[0],
+        arguments.destination,
+        layout=arguments.layout,
+        to=arguments.to,
+        vision=arguments.vision or (),
+        overwrite=arguments.overwrite,
+    )
+
+
+_CONVERTERS = {"mmmamba": _convert_mmmamba, "aki": _convert_aki, "ml-mamba": _convert_ml_mamba}
 
 
 if __name__ == "__main__":

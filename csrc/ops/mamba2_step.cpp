@@ -273,6 +273,18 @@ class Step {
   size_t packed_, u_, projected_, conv_, y_, closed_, rate_, gate_weight_;
 };
 
+std::tuple<Tensor, Tensor> checked_step(const StepInputs& s) {
+  const bool wide = storage_of(s.hidden, "hidden") == Storage::f64;
+  const auto mixed = [&](const Tensor& tensor) { return (tensor.scalar_type() == ScalarType::Double) != wide; };
+  bool any = false;
+  for (const Tensor* tensor : {&s.conv_state, &s.ssm_state, &s.in_weight, &s.out_weight}) any |= mixed(*tensor);
+  for (const MaybeTensor* tensor : {&s.residual, &s.norm_weight, &s.in_bias, &s.out_bias}) {
+    any |= *tensor && mixed(**tensor);
+  }
+  STD_TORCH_CHECK(!any, "mamba2_step: float64 must be the dtype of every tensor or of none");
+  return Step(s).run();
+}
+
 std::tuple<Tensor, Tensor> step(const Tensor& hidden, const Tensor& conv_state, const Tensor& ssm_state,
                                 const Tensor& in_weight, const Tensor& conv_weight, const Tensor& A_log,
                                 const Tensor& dt_bias, const Tensor& D, const Tensor& out_weight,
@@ -280,20 +292,43 @@ std::tuple<Tensor, Tensor> step(const Tensor& hidden, const Tensor& conv_state, 
                                 const MaybeTensor& conv_bias, const MaybeTensor& gate_weight,
                                 const MaybeTensor& out_bias, double eps, double gate_eps, double dt_low, double dt_high,
                                 bool norm_before_gate, bool residual_in_fp32) {
-  const bool wide = storage_of(hidden, "hidden") == Storage::f64;
-  const auto mixed = [&](const Tensor& tensor) { return (tensor.scalar_type() == ScalarType::Double) != wide; };
-  bool any = false;
-  for (const Tensor* tensor : {&conv_state, &ssm_state, &in_weight, &out_weight}) any |= mixed(*tensor);
-  for (const MaybeTensor* tensor : {&residual, &norm_weight, &in_bias, &out_bias}) any |= *tensor && mixed(**tensor);
-  STD_TORCH_CHECK(!any, "mamba2_step: float64 must be the dtype of every tensor or of none");
-  const StepInputs inputs{hidden,   conv_state,  ssm_state, in_weight, conv_weight, A_log,    dt_bias,
-                          D,        out_weight,  residual,  norm_weight, in_bias,   conv_bias, gate_weight,
-                          out_bias, eps,         gate_eps,  dt_low,    dt_high,     norm_before_gate, residual_in_fp32};
-  return Step(inputs).run();
+  return checked_step({hidden,   conv_state,  ssm_state, in_weight, conv_weight, A_log,    dt_bias,
+                       D,        out_weight,  residual,  norm_weight, in_bias,   conv_bias, gate_weight,
+                       out_bias, eps,         gate_eps,  dt_low,    dt_high,     norm_before_gate, residual_in_fp32});
+}
+
+// How a block's tensors and numbers lie in the lists of `steps`; mmkernels/ops/mamba2_step/_native.py builds them.
+constexpr size_t kParameters = 11, kNumbers = 6;
+
+std::tuple<Tensor, Tensor> steps(const Tensor& hidden, const MaybeTensor& residual, std::vector<Tensor> conv_states,
+                                 std::vector<Tensor> ssm_states, std::vector<MaybeTensor> parameters,
+                                 std::vector<double> numbers) {
+  const size_t blocks = conv_states.size();
+  STD_TORCH_CHECK(blocks > 0 && ssm_states.size() == blocks && parameters.size() == blocks * kParameters &&
+                      numbers.size() == blocks * kNumbers,
+                  "mamba2_steps: the lists must have the states, parameters and numbers of the same blocks");
+  Tensor out = hidden;
+  MaybeTensor sum = residual;
+  for (size_t i = 0; i < blocks; ++i) {
+    const MaybeTensor* p = parameters.data() + i * kParameters;
+    const double* x = numbers.data() + i * kNumbers;
+    for (int required = 0; required < 7; ++required) {
+      STD_TORCH_CHECK(p[required].has_value(), "mamba2_steps: a block lacks a weight");
+    }
+    const MaybeTensor before = sum;
+    const Tensor into = out;
+    std::tie(out, sum) = checked_step({into,  conv_states[i], ssm_states[i], *p[0], *p[1], *p[2],     *p[3],
+                                       *p[4], *p[5],          before,        p[6],  p[7],  p[8],      p[9],
+                                       p[10], x[0],           x[1],          x[2],  x[3],  x[4] != 0, x[5] != 0});
+  }
+  return {out, *sum};
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(mmkernels, CPU, m) { m.impl("mamba2_step", TORCH_BOX(&step)); }
+STABLE_TORCH_LIBRARY_IMPL(mmkernels, CPU, m) {
+  m.impl("mamba2_step", TORCH_BOX(&step));
+  m.impl("mamba2_steps", TORCH_BOX(&steps));
+}
 
 }  // namespace mmkernels

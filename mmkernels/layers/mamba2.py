@@ -19,7 +19,8 @@ from mmkernels.ops.ssd.api import ssd_update
 Output = Tensor | tuple[Tensor, Tensor, Tensor]
 
 
-def _is_hooked(module: nn.Module) -> bool:
+def is_hooked(module: nn.Module) -> bool:
+    """Whether calling the module does more than its class's forward."""
     # Libraries that move weights around replace `forward` on the instance.
     return bool(module._forward_hooks or module._forward_pre_hooks) or "forward" in module.__dict__
 
@@ -227,7 +228,7 @@ class Mamba2Mixer(nn.Module):
         kinds = [type(parts.get(name)) for name in ("in_proj", "conv1d", "out_proj", "norm")]
         if kinds[:3] != [nn.Linear, nn.Conv1d, nn.Linear] or kinds[3] not in (GatedRMSNorm, NoneType):
             reasons.append("a part was replaced by another module")
-        if any(_is_hooked(part) for part in parts.values() if part is not None):
+        if any(is_hooked(part) for part in parts.values() if part is not None):
             reasons.append("a part has forward hooks")
         return reasons
 
@@ -378,11 +379,11 @@ class Mamba2Block(nn.Module):
         if type(mixer) is not Mamba2Mixer:
             return [f"the mixer is a {type(mixer).__name__}"]
         reasons = mixer.objections_to_one_call(hidden)
-        if type(self._modules["norm"]) is not GatedRMSNorm or _is_hooked(self.norm):
+        if type(self._modules["norm"]) is not GatedRMSNorm or is_hooked(self.norm):
             reasons.append("the norm was replaced or has forward hooks")
         elif torch.is_grad_enabled() and self.norm.weight.requires_grad and not reasons:
             reasons.append("a gradient is wanted")
-        if _is_hooked(mixer):
+        if is_hooked(mixer):
             reasons.append("the mixer has forward hooks")
         return reasons
 

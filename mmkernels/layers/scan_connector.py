@@ -19,6 +19,7 @@ VARIANTS = ("mlp", "msc_basic", "msc_advanced")
 SCANS = {
     "bidirectional": ("raster", "raster_rev"),
     "cross": ("raster", "column", "raster_rev", "column_rev"),
+    "raster": ("raster",),
 }
 
 
@@ -79,7 +80,7 @@ class Mamba2ScanConnector(nn.Module):
         in_dim: channels of the features, 2176 for DINOv2-L and SigLIP-SO400M side by side.
         hidden_dim: D, channels of the language model.
         variant: "mlp", "msc_basic" or "msc_advanced".
-        scan: "bidirectional" (rows, both ways), "cross" (rows and columns, both ways), or kinds of
+        scan: "bidirectional" (rows, both ways), "cross" (rows and columns, both ways), "raster" (rows), or kinds of
             `mmkernels.scan_permutation`.
         num_layers: scan layers.
         d_state: state size of the mixers.
@@ -157,6 +158,13 @@ class Mamba2ScanConnector(nn.Module):
         )
         self._reset_projector()
 
+    def reset_parameters(self) -> None:
+        """Draw every parameter again."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.LayerNorm | MultiDirectionalMamba2):
+                module.reset_parameters()
+        self._reset_projector()
+
     @torch.no_grad()
     def _reset_projector(self) -> None:
         for module in self.projector:
@@ -177,21 +185,32 @@ class Mamba2ScanConnector(nn.Module):
         Raises:
             ShapeError: features have another width than in_dim, or the grid is missing or of another size.
         """
+        out: Tensor = self.projector(self.mix(features, grid))
+        return out
+
+    def mix(self, features: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
+        """All of `forward` but the projector, which maps every token by itself: tokens may be dropped in between.
+
+        Args, Raises: as `forward`.
+
+        Returns:
+            (batch, height * width, hidden_dim).
+        """
         sizes = Sizes("Mamba2ScanConnector")
         sizes.set(in_dim=self.in_dim)
         sizes.bind("features", features, "batch seqlen in_dim")
         hidden = F.gelu(self.entry(features))
-        if self.norm_f is not None:
-            if grid is None:
-                raise ShapeError(
-                    "Mamba2ScanConnector: grid must be (height, width) for a connector that scans; got None. "
-                    "A square image of 729 patches is (27, 27)."
-                )
-            for layer in self.layers:
-                hidden = layer(hidden, grid)
-            hidden = self.norm_f(hidden)
-        out: Tensor = self.projector(hidden)
-        return out
+        if self.norm_f is None:
+            return hidden
+        if grid is None:
+            raise ShapeError(
+                "Mamba2ScanConnector: grid must be (height, width) for a connector that scans; got None. "
+                "A square image of 729 patches is (27, 27)."
+            )
+        for layer in self.layers:
+            hidden = layer(hidden, grid)
+        normed: Tensor = self.norm_f(hidden)
+        return normed
 
     def extra_repr(self) -> str:
         """Options for print(module)."""

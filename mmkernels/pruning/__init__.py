@@ -1,6 +1,8 @@
 """Pruners of visual tokens: one interface for the family.  They take tensors, not models; see `mmkernels.prune`."""
 
+from mmkernels.pruning.diverse import DivPrune, HiPrune, VisPruner
 from mmkernels.pruning.in_decoder import FastV, PyramidDrop
+from mmkernels.pruning.merged import PruMerge, PruMergePlus, VisionZip
 from mmkernels.pruning.pruner import (
     DecoderPruner,
     DecoderStep,
@@ -13,24 +15,35 @@ from mmkernels.pruning.pruner import (
 )
 from mmkernels.pruning.registry import get_pruner, pruner_class, pruners
 from mmkernels.pruning.scored import VTCCLS, FasterVLM, LeastCLS, RandomPruner, ScorePruner, UniformGrid
+from mmkernels.pruning.sparsevlm import SparseVLM
+from mmkernels.pruning.tome import ToMe, ToMeAfter
 
 __all__ = [
     "DecoderPruner",
     "DecoderStep",
+    "DivPrune",
     "Encoder",
     "Extras",
     "FastV",
     "FasterVLM",
+    "HiPrune",
     "LeastCLS",
+    "PruMerge",
+    "PruMergePlus",
     "Pruned",
     "PyramidDrop",
     "RandomPruner",
     "ScorePruner",
+    "SparseVLM",
     "Tap",
+    "ToMe",
+    "ToMeAfter",
     "TokenPruner",
     "UniformGrid",
     "VTCCLS",
+    "VisPruner",
     "VisionInputs",
+    "VisionZip",
     "get_pruner",
     "pruner_class",
     "pruners",

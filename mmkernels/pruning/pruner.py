@@ -95,6 +95,19 @@ class VisionInputs:
             )
         return self.taps[Tap(layer, what)]
 
+    def prefix_row(self, place: int) -> Tensor:
+        """The features of a prefix token, (images, dim)."""
+        if self.prefix is None or self.prefix.shape[1] <= place:
+            raise ConfigError(
+                f"VisionInputs: prefix must hold the features of [CLS]; got "
+                f"{'None' if self.prefix is None else tuple(self.prefix.shape)}. This pruner hands them on."
+            )
+        return self.prefix[:, place]
+
+    def patch_keys(self, keys: Tensor) -> Tensor:
+        """Those of patches, out of all."""
+        return keys[:, keys.shape[1] - self.features.shape[1] :]
+
 
 @dataclass
 class Pruned:
@@ -273,6 +286,20 @@ def top(scores: Tensor, eligible: Tensor, counts: Tensor, name: str) -> Tensor:
     order = ranked(scores.detach(), eligible)
     chosen = torch.arange(scores.shape[1], device=scores.device) < counts[:, None]
     return torch.zeros_like(eligible).scatter(1, order, chosen) & eligible
+
+
+def padded(like: Tensor, tokens: list[Tensor], indices: list[Tensor], sizes: list[Tensor]) -> Pruned:
+    """Images with different numbers of tokens as one Pruned; `like` has the dtype, the device and the dim."""
+    if not tokens:
+        none = like.new_empty((0, 0), dtype=torch.int64)
+        return Pruned(like[:, :0], none, none.bool(), none.float())
+
+    def stacked(rows: list[Tensor], value: float) -> Tensor:
+        return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value)
+
+    places = torch.arange(max(len(row) for row in tokens), device=like.device)
+    counts = torch.tensor([len(row) for row in tokens], device=like.device)
+    return Pruned(stacked(tokens, 0), stacked(indices, -1), places < counts[:, None], stacked(sizes, 0).float())
 
 
 def check_count(name: str, option: str, value: Any) -> None:

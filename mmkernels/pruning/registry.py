@@ -4,12 +4,34 @@ import dataclasses
 from typing import Any
 
 from mmkernels.errors import ConfigError, nearest
+from mmkernels.pruning.diverse import DivPrune, HiPrune, VisPruner
 from mmkernels.pruning.in_decoder import FastV, PyramidDrop
+from mmkernels.pruning.merged import PruMerge, PruMergePlus, VisionZip
 from mmkernels.pruning.pruner import TokenPruner
 from mmkernels.pruning.scored import VTCCLS, FasterVLM, LeastCLS, RandomPruner, UniformGrid
+from mmkernels.pruning.sparsevlm import SparseVLM
+from mmkernels.pruning.tome import ToMe, ToMeAfter
 
 _CLASSES: dict[str, type[TokenPruner]] = {
-    kind.name: kind for kind in (VTCCLS, FasterVLM, LeastCLS, RandomPruner, UniformGrid, FastV, PyramidDrop)
+    kind.name: kind
+    for kind in (
+        VTCCLS,
+        FasterVLM,
+        VisionZip,
+        VisPruner,
+        PruMerge,
+        PruMergePlus,
+        DivPrune,
+        HiPrune,
+        ToMe,
+        ToMeAfter,
+        FastV,
+        SparseVLM,
+        PyramidDrop,
+        RandomPruner,
+        UniformGrid,
+        LeastCLS,
+    )
 }
 
 

@@ -245,11 +245,14 @@ def add(rows: Sequence[Tensor]) -> Tensor:
     return total
 
 
-def needs_cls(name: str, encoder: Encoder, option: str | None) -> None:
+def needs_cls(
+    name: str, encoder: Encoder, option: str | None, known: tuple[str, ...] = ("probe", "column", "mean_query")
+) -> None:
     """Refuse an encoder without [CLS], naming what stands in for it."""
     if encoder.num_prefix == 0:
+        able = [proxy for proxy in known if proxy != "probe" or encoder.has_probe]
         remedy = (
-            f"Set {option} to {'probe, ' if encoder.has_probe else ''}column or mean_query."
+            f"Set {option} to {' or '.join(able)}."
             if option
             else "vtc_cls has score_source='probe', 'column' and 'mean_query' for such encoders."
         )

@@ -106,9 +106,14 @@ def _read_safetensors(file: Path) -> dict[str, Tensor]:
         ) from error
 
 
-def _read_torch(file: Path) -> dict[str, Tensor]:
+def read_torch(file: Path) -> Any:
+    """What a PyTorch file holds; nothing in it is executed.
+
+    Raises:
+        CheckpointError: the file is missing, truncated, damaged or unsafe.
+    """
     try:
-        content = torch.load(file, map_location="cpu", weights_only=True)
+        return torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"{file} must hold tensors and plain containers only; got other objects or no pickle at all. "
@@ -119,6 +124,10 @@ def _read_torch(file: Path) -> dict[str, Tensor]:
             f"{file} must be a complete PyTorch file; got {type(error).__name__}: {str(error).splitlines()[0]}. "
             "It was probably cut off: download it again."
         ) from error
+
+
+def _read_torch(file: Path) -> dict[str, Tensor]:
+    content = read_torch(file)
     if isinstance(content, dict) and isinstance(content.get("model_state_dict"), dict):
         content = content["model_state_dict"]
     if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):

@@ -1,6 +1,6 @@
 """Mamba2LMForCausalLM: a Mamba-2 language model on this package's ops, with names as in state-spaces/mamba2-*.
 
-Prefill runs `ssd_scan`, `causal_conv1d` and `gated_rms_norm`; a token of decoding is one `mamba2_step` per block and
+Prefill runs `ssd_scan`, `causal_conv1d` and `gated_rms_norm`; a token of decoding is one native call and
 one `decode_linear` for the head.  Source: Dao and Gu, "Transformers are SSMs" (arXiv 2405.21060).
 """
 
@@ -22,6 +22,7 @@ from mmkernels.interop.transformers import (
     recurrent_padding_mask,
 )
 from mmkernels.layers import GatedRMSNorm, Mamba2Block, Mamba2Mixer
+from mmkernels.layers.mamba2_stack import StackStep
 from mmkernels.models.mamba2.configuration_mamba2 import Mamba2LMConfig
 from mmkernels.ops.decode_linear.api import decode_linear
 
@@ -88,6 +89,7 @@ class Mamba2LMModel(Mamba2LMPreTrainedModel):
         self.embedding = nn.Embedding(config.padded_vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(build_block(config) for _ in range(config.num_hidden_layers))
         self.norm_f = GatedRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self._stack = StackStep()
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -108,9 +110,13 @@ class Mamba2LMModel(Mamba2LMPreTrainedModel):
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
+        uncounted: int = 0,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
-        """Hidden states after the last norm; arguments as in `Mamba2LMForCausalLM.forward`."""
+        """Hidden states after the last norm; arguments as in `Mamba2LMForCausalLM.forward`.
+
+        The cache's length leaves out the first `uncounted` positions: an image in front of the text has no token ids.
+        """
         if kwargs.pop("output_attentions", None):
             raise ConfigError(
                 "Mamba2LMModel: output_attentions must be False; got True. There is no attention: hook layer.mixer."
@@ -121,7 +127,7 @@ class Mamba2LMModel(Mamba2LMPreTrainedModel):
         cache = self._cache(use_cache, past_key_values)
         mask = self._padding(attention_mask, hidden, cache)
         if cache is not None:
-            count_tokens(cache, hidden)
+            count_tokens(cache, hidden[:, uncounted:])
         if self._steps(hidden, mask, cache):
             total, states = self._step(hidden[:, 0], cast(Cache, cache), bool(output_hidden_states))
         else:
@@ -160,6 +166,13 @@ class Mamba2LMModel(Mamba2LMPreTrainedModel):
     def _step(self, token: Tensor, cache: Cache, keep: bool) -> tuple[Tensor, list[Tensor]]:
         """The running sum after the last block, and before each (if kept)."""
         hidden, residual, states = token, cast(Tensor | None, None), []
+        if not keep:
+            places = range(len(self.layers))
+            conv_states = [cast(Tensor, cache.get_conv_state(i)) for i in places]
+            ssm_states = [cast(Tensor, cache.get_recurrent_state(i)) for i in places]
+            taken = self._stack(self.layers, token, conv_states, ssm_states)
+            if taken is not None:
+                return (taken[0] + taken[1])[:, None], []
         for i, block in enumerate(self.layers):
             if keep:
                 states.append((hidden if residual is None else residual + hidden)[:, None])
@@ -267,7 +280,7 @@ class Mamba2LMForCausalLM(Mamba2LMPreTrainedModel, RecurrentGenerationMixin):
             output_attentions=kwargs.pop("output_attentions", None),
         )
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self._head(outputs.last_hidden_state[:, keep])[..., : self.config.vocab_size]
+        logits = self.logits(outputs.last_hidden_state[:, keep])
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
@@ -277,6 +290,10 @@ class Mamba2LMForCausalLM(Mamba2LMPreTrainedModel, RecurrentGenerationMixin):
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
         )
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(batch, seqlen, hidden) to (batch, seqlen, vocab_size); rows that pad the table have no column."""
+        return self._head(hidden)[..., : self.config.vocab_size]
 
     def _head(self, hidden: Tensor) -> Tensor:
         few = hidden.shape[0] * hidden.shape[1] <= _DECODE_ROWS and hidden.device.type == "cpu"

@@ -1,6 +1,7 @@
-"""FastV and PyramidDrop: what they keep, by plain loops; where they look; budgets; bad input."""
+"""FastV, PyramidDrop and SparseVLM: what they keep, by plain loops; where they look; budgets; bad input."""
 
 import pytest
+import slow_pruners as slow
 import torch
 
 from mmkernels import ConfigError, DataError, ShapeError, get_pruner
@@ -98,3 +99,86 @@ def test_samples_without_images_and_bad_input():
     step.scores_row[0, 4] = float("nan")
     with pytest.raises(DataError, match="fastv: scores must be numbers; got NaN"):
         get_pruner("fastv", num_keep=3).keep(step)
+
+
+def test_sparsevlm_keeps_and_merges():
+    pruner = get_pruner("sparsevlm", kept=(20, 9, 4))
+    assert pruner.drop_layers(32) == {3: 2, 7: 6, 16: 15}
+    assert pruner.position_policy == "compact"
+    step = step_of(7, 32, visual=(60, 17), seqlen=66)
+    keep = pruner.keep(step)
+    assert_keeps_best(pruner, step, [9, 9])
+    extras = pruner.merged(step, keep)
+    for b in range(2):
+        dropped = [j for j in range(66) if not keep[b, j]]
+        rows, counts = slow.sparse_merge(step.hidden_states[b, dropped].tolist(), step.scores_row[b, dropped].tolist())
+        assert extras.mask[b].sum() == len(rows)
+        torch.testing.assert_close(extras.tokens[b, : len(rows)], torch.tensor(rows), rtol=1e-5, atol=1e-6)
+        assert extras.sizes[b, : len(rows)].tolist() == counts
+        assert (extras.tokens[b, len(rows) :] == 0).all()
+    assert extras.mask.sum(-1).tolist() == [2, 1]
+    # one sample alone gives the same
+    alone = DecoderStep(
+        7, 32, step.scores_row[1:], step.is_visual[1:], step.mask[1:], step.original_visual[1:], step.hidden_states[1:]
+    )
+    assert torch.equal(pruner.keep(alone)[0], keep[1])
+    torch.testing.assert_close(pruner.merged(alone, keep[1:]).tokens[0], extras.tokens[1, :1])
+
+
+def test_sparsevlm_always_drops_one():
+    pruner = get_pruner("sparsevlm", kept=(20, 9, 4))
+    assert_keeps_best(pruner, step_of(3, 32), [7, 4])
+    step = step_of(3, 32, visual=(1, 0))
+    keep = pruner.keep(step)
+    assert (~keep).nonzero().tolist() == [[0, 3]]
+    extras = pruner.merged(step, keep)
+    assert torch.equal(extras.tokens[0, 0], step.hidden_states[0, 3])
+    assert extras.mask.tolist() == [[True], [False]]
+
+
+def test_sparsevlms_raters():
+    draw = torch.Generator().manual_seed(3)
+    embeddings = torch.randn(3, 12, 6, generator=draw)
+    is_visual = torch.zeros(3, 12, dtype=torch.bool)
+    is_visual[0, 2:6], is_visual[1, 3:5] = True, True
+    mask = torch.ones(3, 12, dtype=torch.bool)
+    mask[0, 10:] = False
+    rows = get_pruner("sparsevlm", num_keep=3).query_rows(embeddings, is_visual, mask)
+    for b, (visual, text) in enumerate(((range(2, 6), range(6, 10)), (range(3, 5), range(5, 12)))):
+        want = slow.raters(embeddings[b, list(visual)].tolist(), embeddings[b, list(text)].tolist())
+        assert 0 < sum(want) < len(want)
+        assert [j for j in range(12) if rows[b, j]] == [j for j, rates in zip(text, want, strict=True) if rates]
+    assert not rows[2].any()
+    mask[1, 6:] = False  # one text token is never above the mean: it rates
+    assert get_pruner("sparsevlm", num_keep=3).query_rows(embeddings, is_visual, mask)[1].nonzero().tolist() == [[5]]
+
+
+def test_sparsevlms_budgets():
+    for budget, counts in ((64, (66, 30, 17)), (128, (303, 110, 36)), (192, (300, 200, 110)), (576, (576, 576, 576))):
+        pruner = get_pruner("sparsevlm", num_keep=budget)
+        assert tuple(pruner.count_at(stage, 576) for stage in range(3)) == counts
+    between = get_pruner("sparsevlm", num_keep=96)
+    assert [between.count_at(stage, 576) for stage in range(3)] == [185, 70, 27]  # 184.5, 70, 26.5: halves up
+    assert get_pruner("sparsevlm", keep_ratio=1 / 9).count_at(0, 288) == 33
+    small = get_pruner("sparsevlm", keep_ratio=0.5)
+    assert small.drop_layers(4) == {1: 0, 2: 1, 3: 2}
+    assert small.drop_layers(8) == {1: 0, 2: 1, 4: 3}
+
+
+def test_sparsevlm_bad_input():
+    with pytest.raises(ConfigError, match="kept must name one number for each of 3 layers"):
+        get_pruner("sparsevlm", kept=(3, 2))
+    with pytest.raises(ConfigError, match="kept must be left out"):
+        get_pruner("sparsevlm", kept=(3, 2, 1), num_keep=2)
+    with pytest.raises(ConfigError, match="kept must name one number for each of 2 layers; got None"):
+        get_pruner("sparsevlm", num_keep=2, layers=(2, 4))
+    with pytest.raises(ShapeError, match="layers must be rising"):
+        get_pruner("sparsevlm", num_keep=2).drop_layers(3)
+    step = step_of(3, 32)
+    step.hidden_states = None
+    pruner = get_pruner("sparsevlm", num_keep=2)
+    with pytest.raises(ConfigError, match="hidden_states must be given"):
+        pruner.merged(step, pruner.keep(step))
+    visual = torch.tensor([[False, True, True]])
+    with pytest.raises(DataError, match="must have text behind the image; got none in sample 0"):
+        pruner.query_rows(torch.randn(1, 3, 2), visual, torch.ones_like(visual))

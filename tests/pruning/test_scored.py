@@ -4,39 +4,10 @@ import pickle
 
 import pytest
 import torch
+from pruner_inputs import CLIP, SIGLIP, TINY, inputs_for, one
 
 from mmkernels import ConfigError, DataError, DtypeError, ShapeError, get_pruner
 from mmkernels.pruning import Encoder, Pruned, Tap, VisionInputs, pruners
-
-CLIP = Encoder(num_layers=24, feature_layer=22, num_prefix=1, grid=(24, 24))
-SIGLIP = Encoder(num_layers=27, feature_layer=25, num_prefix=0, grid=(27, 27), has_probe=True)
-TINY = Encoder(num_layers=5, feature_layer=3, num_prefix=1, grid=(3, 4))
-
-
-def inputs_for(pruner, encoder, images=2, dim=5, seed=0, **more):
-    """Random features and taps of the right shapes; attention rows from a softmax."""
-    draw = torch.Generator().manual_seed(seed)
-    height, width = encoder.grid
-    tokens = height * width
-    heads, headdim = 2, 4
-    shapes = {"keys": (images, encoder.num_prefix + tokens, heads, headdim), "cls_query": (images, heads, headdim)}
-    taps = {}
-    for tap in pruner.taps(encoder):
-        if tap.what in shapes:
-            taps[tap] = torch.randn(shapes[tap.what], generator=draw)
-        else:
-            taps[tap] = torch.randn(images, tokens + 1, generator=draw).softmax(-1)[:, 1:]
-    features = torch.randn(images, tokens, dim, generator=draw)
-    prefix = torch.randn(images, encoder.num_prefix, dim, generator=draw)
-    return VisionInputs(features, encoder.grid, prefix, taps, **more)
-
-
-def one(inputs, i):
-    """Image i of a call, alone."""
-    part = slice(i, i + 1)
-    taps = {tap: value[part] for tap, value in inputs.taps.items()}
-    mask = None if inputs.mask is None else inputs.mask[part]
-    return VisionInputs(inputs.features[part], inputs.grid, inputs.prefix[part], taps, mask)
 
 
 def assert_batch_is_its_samples(pruner, inputs):
@@ -227,7 +198,7 @@ def test_bad_options_are_named(name, options, error, message):
 
 
 def test_encoders_that_cannot_serve_are_refused():
-    with pytest.raises(ConfigError, match=r"must have a \[CLS\] token.*probe, column or mean_query"):
+    with pytest.raises(ConfigError, match=r"must have a \[CLS\] token.*probe or column or mean_query"):
         get_pruner("vtc_cls", num_keep=1).taps(SIGLIP)
     with pytest.raises(ConfigError, match="without a pooling head"):
         get_pruner("vtc_cls", num_keep=1, score_source="probe").taps(CLIP)

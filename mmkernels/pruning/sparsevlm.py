@@ -1,0 +1,167 @@
+"""SparseVLM: text tokens that know the image choose what stays of it, and what goes is gathered in a few tokens.
+
+SparseVLM: arXiv 2410.04417.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from mmkernels.errors import ConfigError, DataError
+from mmkernels.ops.token_pruning.budget import ranked
+from mmkernels.pruning.in_decoder import check_layers
+from mmkernels.pruning.pruner import DecoderPruner, DecoderStep, Extras, PositionPolicy, check_count
+
+# (budget, tokens kept by the three stages) of 576, as published.
+_PUBLISHED = ((64, (66, 30, 17)), (128, (303, 110, 36)), (192, (300, 200, 110)), (576, (576, 576, 576)))
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class SparseVLM(DecoderPruner):
+    r"""Before some layers, drop the visual tokens that the raters attend to least, and re-use what is dropped.
+
+    Raters, chosen once on the decoder's input embeddings: the text tokens t behind the image with
+
+    $$\frac1{|V|} \sum_{v \in V} \mathrm{softmax}_t(v \cdot t) > \mathrm{mean}_t$$
+
+    A visual token's score is the mean over heads and raters of their causal attention in the layer that has just run.
+    Of n visual tokens min(count, n - 1) stay; the best int(0.3 dropped) + 1 of the others become int(that / 10) + 1
+    clusters (density peaks), whose means go behind the visual tokens that stay.  Position ids are counted anew.
+    The released program breaks ties of density with random noise; here the lower index is the denser.  Where no text
+    token is above the mean (they are equal, or there is one), all rate.  Budget: the mean number over all layers of the
+    visual tokens that were kept; merged ones come on top.
+
+    Attributes:
+        kept: how many visual tokens stay at each stage, instead of a budget.  With a budget, as published: 192:
+            (300, 200, 110), 128: (303, 110, 36), 64: (66, 30, 17) of 576 tokens; between them, and for other
+            numbers of tokens, shares are interpolated.
+        layers: before which to drop; None: 3, 7 and 16 of 32, others in proportion.
+
+    Source: arXiv 2410.04417, version 1 (with merging); checked against the formula.
+    """
+
+    kept: tuple[int, ...] | None = None
+    layers: tuple[int, ...] | None = None
+    name: ClassVar[str] = "sparsevlm"
+    budget: ClassVar = "layer_average"
+    position_policy: ClassVar[PositionPolicy] = "compact"
+
+    def __post_init__(self) -> None:
+        for option in ("kept", "layers"):
+            if getattr(self, option) is not None:
+                object.__setattr__(self, option, tuple(getattr(self, option)))  # a list of a recipe
+        stages = 3 if self.layers is None else len(self.layers)
+        if self.kept is None:
+            super().__post_init__()
+        elif self.budgets():
+            raise ConfigError(
+                f"{self.name}: kept must be left out where {self.budgets()[0]} is given; got {self.kept}. "
+                "Either says how many tokens stay."
+            )
+        for count in self.kept or ():
+            check_count(self.name, "kept", count)
+        if stages != (3 if self.kept is None else len(self.kept)):
+            raise ConfigError(
+                f"{self.name}: kept must name one number for each of {stages} layers; got {self.kept}. "
+                "Budgets are known for three stages."
+            )
+
+    def drop_layers(self, num_layers: int) -> dict[int, int]:
+        """Before each of the layers, by the one that has just run."""
+        layers = self.layers
+        if layers is None:
+            made: list[int] = []
+            for published in (3, 7, 16):
+                made.append(max(made[-1] + 1 if made else 1, round(published * num_layers / 32)))
+            layers = tuple(made)
+        check_layers(self.name, "layers", layers, num_layers)
+        return {layer: layer - 1 for layer in layers}
+
+    def query_rows(self, embeddings: Tensor, is_visual: Tensor, mask: Tensor) -> Tensor:
+        """The raters."""
+        places = torch.arange(mask.shape[1], device=mask.device)
+        last_visual = torch.where(is_visual & mask, places, -1).amax(-1, keepdim=True)
+        text = mask & ~is_visual & (places > last_visual) & (last_visual >= 0)
+        raters = torch.zeros_like(mask)
+        for b in range(len(mask)):
+            if last_visual[b] < 0:
+                continue  # a sample without images
+            if not text[b].any():
+                raise DataError(
+                    f"{self.name}: the prompt must have text behind the image; got none in sample {b}. "
+                    "Put the question last: its tokens rate the image's."
+                )
+            v, t = embeddings[b, is_visual[b] & mask[b]].float(), embeddings[b, text[b]].float()
+            relation = (v @ t.mT).softmax(-1).mean(0)
+            above = relation > relation.mean()
+            raters[b, text[b]] = above if bool(above.any()) else torch.ones_like(above)
+        return raters
+
+    def count_at(self, stage: int, visual: int) -> int:
+        """How many of the `visual` tokens a sample had at first stay at a stage, before the limit n - 1."""
+        if self.kept is not None:
+            return self.kept[stage]
+        share = self.count(visual) / visual
+        low, low_share = 0.0, 0.0
+        for budget, counts in _PUBLISHED:
+            high, high_share = budget / 576, counts[stage] / 576
+            if share <= high:
+                here = low_share + (high_share - low_share) * (share - low) / (high - low)
+                return max(1, math.floor(visual * here + 0.5))
+            low, low_share = high, high_share
+        return visual
+
+    def num_visual(self, step: DecoderStep) -> Tensor:
+        """min(count, n - 1) of the n visual tokens that are there."""
+        stage = list(self.drop_layers(step.num_layers)).index(step.layer)
+        present = (step.is_visual & step.mask).sum(-1)
+        counts = [self.count_at(stage, n) if n else 0 for n in step.original_visual.tolist()]
+        return torch.minimum(torch.tensor(counts, device=present.device), (present - 1).clamp(min=0))
+
+    def merged(self, step: DecoderStep, keep: Tensor) -> Extras | None:
+        """Means of the clusters among the best of what is dropped."""
+        if step.hidden_states is None:
+            raise ConfigError(f"{self.name}: hidden_states must be given; got None. Merging takes means of them.")
+        rows, sizes = [], []
+        for b in range(len(keep)):
+            dropped = (~keep[b]).nonzero()[:, 0]
+            if len(dropped) == 0:
+                rows.append(step.hidden_states[b, :0])
+                sizes.append(step.scores_row[b, :0])
+                continue
+            best = ranked(step.scores_row[b, dropped][None].detach(), None)[0][: int(0.3 * len(dropped)) + 1]
+            x = step.hidden_states[b, dropped[best]]
+            belongs, clusters = density_peaks(x, int(len(x) / 10) + 1)
+            count = torch.bincount(belongs, minlength=clusters).to(torch.float32)
+            sums = torch.zeros(clusters, x.shape[1], device=x.device).index_add(0, belongs, x.float())
+            rows.append((sums / count[:, None]).to(x.dtype))
+            sizes.append(count)
+        pad = torch.nn.utils.rnn.pad_sequence
+        counts = torch.tensor([len(row) for row in rows], device=keep.device)
+        tokens = pad(rows, batch_first=True)
+        mask = torch.arange(tokens.shape[1], device=keep.device) < counts[:, None]
+        return Extras(tokens, mask, pad(sizes, batch_first=True))
+
+
+def density_peaks(x: Tensor, clusters: int) -> tuple[Tensor, int]:
+    """(cluster of each row, number of clusters): DPC-kNN, centres first to last by density times distance.
+
+    Distances are over sqrt(dim); density is exp(-mean of the `clusters` smallest squared distances, the own 0 with
+    them); a row counts by its distance to the nearest denser one, the densest by the largest distance of all.
+    """
+    points = x.detach().float()
+    distance = torch.cdist(points, points, compute_mode="donot_use_mm_for_euclid_dist") / math.sqrt(x.shape[1])
+    density = (-distance.topk(clusters, largest=False).values.square().mean(-1)).exp()
+    place = torch.arange(len(x), device=x.device)
+    denser = (density > density[:, None]) | ((density == density[:, None]) & (place < place[:, None]))
+    parent = torch.where(denser, distance, distance.amax()).amin(-1)
+    centres = ranked((parent * density)[None], None)[0][:clusters]
+    belongs = torch.where(
+        distance[:, centres] == distance[:, centres].amin(-1, keepdim=True),
+        torch.arange(clusters, device=x.device),
+        clusters,
+    ).amin(-1)
+    return belongs.index_put((centres,), torch.arange(clusters, device=x.device)), clusters
