@@ -325,7 +325,11 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     options = (arguments.lengths, arguments.rounds, arguments.only, arguments.budget)
-    rows = [r for name in arguments.models for r in measure(name, *options)]
+    rows: list[dict[str, Any]] = []
+    for name in arguments.models:
+        rows += measure(name, *options)
+        if arguments.table:  # what is there stays there, whatever becomes of the next model
+            arguments.table.write_text(table(rows))
     if arguments.json:
         print(json.dumps(rows))
         return
