@@ -14,10 +14,11 @@ from aki_tiny import tiny_model, tiny_processor
 from PIL import Image
 
 from mmkernels.distill import checkpoint as ckpt
+from mmkernels.distill.supervised import Samples
 from mmkernels.errors import CheckpointError, ConfigError, DataError
 from mmkernels.models.aki import AkiForConditionalGeneration, AkiProcessor
 from mmkernels.models.aki.recipe_aki import AkiRecipe, load_recipe, make_optimizer
-from mmkernels.models.aki.train import Samples, Trainer, main
+from mmkernels.models.aki.train import FIELDS, Trainer, main, make_batch
 
 QUESTIONS = [
     ("what is here ?", "a red cat"),
@@ -50,6 +51,10 @@ def recipe(stage="sft", **changes):
     return AkiRecipe(**{"name": stage, "stage": stage, **values, **changes})
 
 
+def read(files, settings):
+    return Samples(files, settings, FIELDS[settings.stage])
+
+
 def train(settings, data, out, model=None):
     model = model or tiny_model()
     history = Trainer(settings, model, tiny_processor(), [data[settings.stage]], out, progress=False).run()
@@ -60,7 +65,8 @@ def train(settings, data, out, model=None):
 def test_the_first_loss_is_one_mean_over_the_global_batch(stage, data, tmp_path):
     """Not a mean of micro-batch means: the samples have answers of different lengths."""
     settings, plain = recipe(stage), tiny_model()
-    batches = [Samples([data[stage]], settings).batch(n, tiny_processor()) for n in (0, 1)]
+    samples = read([data[stage]], settings)
+    batches = [dict(make_batch(tiny_processor(), settings, samples.rows(n))) for n in (0, 1)]
     plain.config.policy = settings.policy
     total, count, means = 0.0, 0, []
     with torch.no_grad():
@@ -140,17 +146,17 @@ def test_bf16_autocast_keeps_float32_weights(data, tmp_path):
 
 
 def test_order_and_weights_of_samples(data):
-    samples = Samples([data["sft"]], recipe())
+    samples = read([data["sft"]], recipe())
     first = [samples[n]["question"] for n in range(10)]
     assert sorted(first[:5]) == sorted(first[5:]) == sorted(q for q, _ in QUESTIONS)  # each once an epoch
     assert first[:5] != first[5:]
-    assert first == [Samples([data["sft"]], recipe())[n]["question"] for n in range(10)]
+    assert first == [read([data["sft"]], recipe())[n]["question"] for n in range(10)]
     assert samples[0]["image"] == [] or samples[0]["image"][0].is_file()
-    drawn = Samples([data["sft"], data["sft"]], recipe(weights=(0.0, 2.0)))
+    drawn = read([data["sft"], data["sft"]], recipe(weights=(0.0, 2.0)))
     drawn.parts[0] = []  # never drawn from
     assert len({drawn[n]["question"] for n in range(40)}) == 5
     with pytest.raises(ConfigError, match="one per data file"):
-        Samples([data["sft"]], recipe(weights=(1.0, 1.0)))
+        read([data["sft"]], recipe(weights=(1.0, 1.0)))
 
 
 def test_the_command_line(data, tmp_path, capsys):
@@ -199,16 +205,16 @@ def test_two_processes_have_the_losses_of_one(data, tmp_path):
     [
         ("", "at least one line"),
         ("{", "line 1"),
-        ('{"question": "is ?", "answer": "dog"}\n{"question": "is ?"}', "line 2 of .* lacks .*answer"),
+        ('{"question": "is ?", "answer": "dog"}\n{"question": "is ?"}', "line 2 of .* lacks it"),
         ("[1]", "lacks"),
     ],
 )
 def test_bad_data_is_named(text, named, tmp_path):
     (tmp_path / "x.jsonl").write_text(text)
     with pytest.raises(DataError, match=named):
-        Samples([tmp_path / "x.jsonl"], recipe())
+        read([tmp_path / "x.jsonl"], recipe())
     with pytest.raises(DataError, match="readable file"):
-        Samples([tmp_path / "none.jsonl"], recipe())
+        read([tmp_path / "none.jsonl"], recipe())
 
 
 @pytest.mark.parametrize(
