@@ -15,10 +15,12 @@ from mmkernels.errors import BackendError, ConfigError, nearest
 from mmkernels.interop.prune_call import Narrowed, Past, narrow_call, recall, remember
 from mmkernels.interop.prune_decoder import DecoderRun, PromptRun, check_decoder
 from mmkernels.interop.prune_layout import ImageTokens
+from mmkernels.interop.prune_merging import check_blocks
 from mmkernels.interop.prune_seams import Choice, Llava, seam_of
 from mmkernels.interop.transformers import cached_tokens
 from mmkernels.pruning.pruner import DecoderPruner, TokenPruner
 from mmkernels.pruning.registry import get_pruner
+from mmkernels.pruning.tome import ToMe
 
 Policy = Literal["compact", "original"]
 _POLICIES = ("compact", "original")
@@ -179,7 +181,10 @@ def _check(seam: Llava, pruner: TokenPruner) -> None:
                 f"prune: {pruner!r} must read layers 0 .. {encoder.num_layers - 1} of the encoder; it wants {tap}. "
                 "Lower its number of layers."
             )
-    if pruner.num_keep is not None and getattr(pruner, "scope", "image") == "image":
+    if isinstance(pruner, ToMe):
+        check_blocks(seam.tower)
+        pruner.schedule(encoder)
+    elif pruner.num_keep is not None and getattr(pruner, "scope", "image") == "image":
         pruner.count(encoder.grid[0] * encoder.grid[1])
 
 

@@ -11,8 +11,10 @@ from torch import Tensor
 
 from mmkernels.errors import BackendError, ConfigError
 from mmkernels.interop.prune_layout import ImageTokens
+from mmkernels.interop.prune_merging import run_merging
 from mmkernels.interop.prune_tower import Seen, Tower, resampler, vit
 from mmkernels.pruning.pruner import Encoder, Pruned, TokenPruner, VisionInputs
+from mmkernels.pruning.tome import ToMe
 
 
 @dataclass(frozen=True)
@@ -89,11 +91,10 @@ class Llava:
                 "cannot be pruned."
             )
         lead = self._lead(strategy)
-        seen = self._encode(pixels, layers, choice)
-        prefix, features = _cut(seen, layers, self.tower.num_prefix)
-        pruned = self._prune(features, prefix, lead, seen, choice, grid=self._grid_of(pixels))
+        height, width = self._grid_of(pixels)
+        pruned = self._encode(pixels, layers, lead, choice)
         return [
-            image_tokens(pruned.tokens[i], pruned.indices[i], pruned.mask[i], lead + features.shape[1], lead)
+            image_tokens(pruned.tokens[i], pruned.indices[i], pruned.mask[i], lead + height * width, lead)
             for i in range(pruned.tokens.shape[0])
         ]
 
@@ -112,10 +113,28 @@ class Llava:
             )
         return 0
 
-    def _encode(self, pixels: Tensor, layers: tuple[int, ...], choice: Choice, to_the_end: bool = False) -> Seen:
+    def _encode(
+        self, pixels: Tensor, layers: tuple[int, ...], lead: int, choice: Choice, end: bool = False, **facts: Any
+    ) -> Pruned:
+        """Encode, prune and project; with `end`, from the tower's own last hidden state."""
         grid = self._grid_of(pixels)
-        taps = () if choice.pruner is None else choice.pruner.taps(self.tower.encoder(max(layers), grid))
-        return self.tower.run(pixels, num_tokens=grid[0] * grid[1], layers=layers, taps=taps, to_the_end=to_the_end)
+        encoder = self.tower.encoder(max(layers), grid)
+        if isinstance(choice.pruner, ToMe):
+            if len(layers) > 1 or facts.get("mask") is not None:
+                raise ConfigError(
+                    f"prune: {choice.pruner.name} must have one feature layer and whole tiles; got layers {layers}"
+                    f"{' and padding' if facts.get('mask') is not None else ''}. Set skip_padding=False."
+                )
+            handed, pruned = run_merging(self.tower, pixels, choice.pruner, encoder, end=end)
+            tokens = torch.cat([handed[:, :lead], pruned.tokens], dim=1) if lead else pruned.tokens
+            return Pruned(self.project(tokens), pruned.indices, pruned.mask, pruned.sizes)
+        taps = () if choice.pruner is None else choice.pruner.taps(encoder)
+        seen = self.tower.run(pixels, num_tokens=grid[0] * grid[1], layers=layers, taps=taps, to_the_end=end)
+        hidden = torch.cat([seen.hidden[layer] for layer in layers], dim=-1) if len(layers) > 1 else None
+        hidden = seen.last if end else seen.hidden[layers[0]] if hidden is None else hidden
+        assert hidden is not None
+        first = self.tower.num_prefix
+        return self._prune(hidden[:, first:], hidden[:, :first], lead, seen, choice, grid=grid, **facts)
 
     def _prune(self, features: Tensor, prefix: Tensor, lead: int, seen: Seen, choice: Choice, **facts: Any) -> Pruned:
         """Prune and project, on the pruner's side of the projector; the prefix tokens handed on come first."""
@@ -163,26 +182,23 @@ class LlavaNext(Llava):
         crops = [image_size_to_num_patches(size, points, edge) for size in sizes]
         if pixels.dim() == 5:
             pixels = torch.cat([image[:count] for image, count in zip(pixels, crops, strict=True)])
-        seen = self._encode(pixels, layers, choice)
-        prefix, features = _cut(seen, layers, self.tower.num_prefix)
-        orders = self._orders(crops, features, sizes, strategy)
-        mask = _visible(orders, crops, features.shape[1]) if choice.skip_padding else None
-        pruned = self._prune(
-            features, prefix, 0, seen, choice, grid=self._grid_of(pixels), mask=mask, crops=tuple(crops)
-        )
+        height, width = self._grid_of(pixels)
+        orders = self._orders(crops, height * width, sizes, strategy, pixels.device)
+        mask = _visible(orders, crops, height * width) if choice.skip_padding else None
+        pruned = self._encode(pixels, layers, 0, choice, mask=mask, crops=tuple(crops))
         first, images = 0, []
         for order, count in zip(orders, crops, strict=True):
-            images.append(self._stitch(pruned, slice(first, first + count), order, features.shape[1]))
+            images.append(self._stitch(pruned, slice(first, first + count), order, height * width))
             first += count
         return images
 
-    def _orders(self, crops: list[int], features: Tensor, sizes: Any, strategy: str) -> list[Tensor]:
+    def _orders(self, crops: list[int], tokens: int, sizes: Any, strategy: str, device: torch.device) -> list[Tensor]:
         """Which patch stands where in a stitched and cut image, -1 for newlines: the model's own rule, on numbers."""
-        tokens, numbers = features.shape[1], []
+        numbers = []
         for count in crops:
-            places = torch.arange(count * tokens, dtype=torch.float64, device=features.device)
+            places = torch.arange(count * tokens, dtype=torch.float64, device=device)
             numbers.append(places.view(count, tokens, 1))
-        newline = torch.full((1,), -1.0, dtype=torch.float64, device=features.device)
+        newline = torch.full((1,), -1.0, dtype=torch.float64, device=device)
         packed, _ = self.core.pack_image_features(
             numbers, sizes, vision_feature_select_strategy=strategy, image_newline=newline
         )
@@ -223,11 +239,10 @@ class PaliGemma(Llava):
         pixels = given.pop("pixel_values", None)
         if pixels is None or pixels.shape[0] == 0:
             return None
-        seen = self._encode(pixels, self.layers(), choice, to_the_end=True)
-        assert seen.last is not None
-        pruned = self._prune(seen.last, seen.last[:, :0], 0, seen, choice, grid=self._grid_of(pixels))
+        height, width = self._grid_of(pixels)
+        pruned = self._encode(pixels, self.layers(), 0, choice, end=True)
         return [
-            image_tokens(pruned.tokens[i], pruned.indices[i], pruned.mask[i], seen.last.shape[1], 0)
+            image_tokens(pruned.tokens[i], pruned.indices[i], pruned.mask[i], height * width, 0)
             for i in range(pruned.tokens.shape[0])
         ]
 
@@ -261,6 +276,8 @@ class Aki(Llava):
         pixels = given.get("pixel_values")
         if pixels is None or pixels.shape[0] == 0:
             return None
+        if isinstance(choice.pruner, ToMe):
+            raise ConfigError("prune: tome must have the encoder's blocks to merge in; got a resampler. Use vtc_cls.")
         given["pixel_values"] = None
         features = self.core.encode_images(pixels)
         self.tower = resampler(self.core.resampler, features.shape[1])
@@ -331,8 +348,3 @@ def image_tokens(tokens: Tensor, indices: Tensor, mask: Tensor, full: int, lead:
     places = torch.arange(own.shape[0], device=own.device)
     before = torch.where(own >= 0, places, -1).cummax(0).values
     return ImageTokens(rows, torch.where(before >= 0, own[before.clamp(min=0)], 0), full, patches)
-
-
-def _cut(seen: Seen, layers: tuple[int, ...], num_prefix: int) -> tuple[Tensor, Tensor]:
-    hidden = torch.cat([seen.hidden[layer] for layer in layers], dim=-1) if len(layers) > 1 else seen.hidden[layers[0]]
-    return hidden[:, :num_prefix], hidden[:, num_prefix:]

@@ -368,7 +368,7 @@ def test_what_cannot_be_pruned_says_so(model):
         mmkernels.prune(model, "vtc_cls", num_keep=17)
     with pytest.raises(ConfigError, match="at most 3"):
         mmkernels.prune(model, "vtc_cls", num_keep=4, num_layers=4)
-    with pytest.raises(ConfigError, match="probe, column or mean_query"):
+    with pytest.raises(ConfigError, match="probe or column or mean_query"):
         mmkernels.prune(llava("siglip"), "vtc_cls", num_keep=4)
     with pytest.raises(ConfigError, match="'vtc_cls'"):
         mmkernels.prune(model, "vtc_clss", num_keep=4)
@@ -408,3 +408,70 @@ def test_narrow_strips_padding_and_counts_anew():
     assert layout.take(torch.tensor([[7] * 6] * 2), PAD)[1].tolist() == [PAD, 7, 7, 7]
     with pytest.raises(ShapeError, match="at most the 2 tokens"):
         ImageTokens(torch.zeros(3, 4), torch.arange(3), 2, torch.arange(3))
+
+
+def merged_by_hand(tower, pixels, counts):
+    """ToMe in loops: one image, `counts[l]` merges in layer l, the last layers left out."""
+    x = tower(pixels, output_hidden_states=True).hidden_states[0][0]
+    sizes = torch.ones(len(x))
+    for layer, r in zip(tower.encoder.layers, counts, strict=False):
+        at, normed = layer.self_attn, layer.layer_norm1(x)
+        q, k, v = (p(normed).unflatten(-1, (4, 8)) for p in (at.q_proj, at.k_proj, at.v_proj))
+        weights = (torch.einsum("qhd,khd->hqk", q, k) * 8**-0.5 + sizes.log()).softmax(-1)
+        x = x + at.out_proj(torch.einsum("hqk,khd->qhd", weights, v).flatten(1))
+        metric = F.normalize(k.mean(1), dim=-1)
+        evens, odds = range(2, len(x), 2), range(1, len(x), 2)  # [CLS] is at an even place, and protected
+        links = []
+        for a in evens:
+            best = max(odds, key=lambda b: float(metric[a] @ metric[b]))
+            links.append((float(metric[a] @ metric[best]), a, best))
+        gone = sorted(links, reverse=True)[:r]
+        sums, total = x * sizes[:, None], sizes.clone()
+        for _, a, b in gone:
+            sums[b] += sums[a]
+            total[b] += total[a]
+        stay = [i for i in range(len(x)) if i not in {a for _, a, _ in gone}]
+        x, sizes = (sums / total[:, None])[stay], total[stay]
+        x = x + layer.mlp(layer.layer_norm2(x))
+    return x[1:]
+
+
+@torch.no_grad()
+def test_tome_merges_inside_the_tower(model):
+    inputs, row = batch(ROWS), ROWS[0]
+    stock = model(**inputs).logits
+    with mmkernels.prune(model, "tome", keep_ratio=1.0):
+        assert torch.equal(model(**inputs).logits, stock)
+    with mmkernels.prune(model, "tome", num_keep=7) as handle:
+        got = model(**inputs).logits
+        assert len(handle.kept[0]) == 7
+    left = merged_by_hand(model.model.vision_tower, inputs["pixel_values"][:1], (3, 3, 3))
+    expected = model(inputs_embeds=by_hand(model, row, [model.model.multi_modal_projector(left)])).logits[0]
+    torch.testing.assert_close(got[0, -expected.shape[0] :], expected, atol=5e-5, rtol=1e-3)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", mmkernels.pruning.pruners())
+@pytest.mark.parametrize("make", [llava, llava_next])  # 4 decoder layers, for three drops
+def test_every_pruner_generates_the_same_in_a_batch_and_alone(name, make):
+    options = {"prumerge": {}, "pyramiddrop": {}, "tome": {"num_keep": 8}}.get(name, {"num_keep": 6})
+    options |= {"visionzip": {"num_keep": 6, "contextual": 2}}.get(name, {})
+    model, rows = make(text_layers=4), [[1, 5, PICTURE, 7, 8, 9], [1, PICTURE, 6, 3]]
+    tokens = 16 if make is llava else 16 + 4 * 7
+    inputs = batch(rows, tokens=tokens)
+    if make is llava_next:
+        inputs["pixel_values"] = torch.randn(2, 3, 3, 32, 32, generator=torch.Generator().manual_seed(2))
+        inputs["image_sizes"] = torch.tensor([[40, 64]] * 2)
+    asked = {"max_new_tokens": 3, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    with mmkernels.prune(model, name, **options, skip_padding=False):
+        together = model.generate(**inputs, **asked)
+        lengths = {layer.keys.shape[2] for layer in together.past_key_values.layers}
+        assert min(lengths) < inputs["input_ids"].shape[1]
+        for i, row in enumerate(rows):
+            alone = batch([row], tokens=tokens)
+            for part in ("pixel_values", "image_sizes"):
+                if part in inputs:
+                    alone[part] = inputs[part][i : i + 1]
+            out = model.generate(**alone, **asked)
+            assert torch.equal(out.sequences[0, -3:], together.sequences[i, -3:])
+            torch.testing.assert_close(out.logits[0][0], together.logits[0][i], atol=1e-4, rtol=1e-3)

@@ -49,13 +49,13 @@ def llava(tower="clip", text_layers=3, **overrides):
     )
 
 
-def llava_next(**overrides):
+def llava_next(text_layers=3, **overrides):
     """A base crop and two tiles of 16 patches."""
     vision = CLIPVisionConfig(**{**SIZES, **PIXELS, "num_hidden_layers": 4})
     points = [[32, 64], [64, 32]]
     config = LlavaNextConfig(
         vision_config=vision,
-        text_config=LlamaConfig(**TEXT),
+        text_config=LlamaConfig(**{**TEXT, "num_hidden_layers": text_layers}),
         image_token_index=IMAGE,
         image_grid_pinpoints=points,
         **overrides,
