@@ -148,7 +148,7 @@ def prune(
         check_decoder(seam.decoder, chosen)
         pruning = Pruning(Choice(None), chosen)
     else:
-        _check(seam, chosen)
+        check_pruner(model, chosen)
         pruning = Pruning(Choice(chosen, skip_padding), compact=position_policy == "compact")
     before = model.__dict__.get("_pruning")
     if not isinstance(model, PrunedModel):
@@ -172,8 +172,14 @@ def _pruner(pruner: TokenPruner | str, options: dict[str, Any]) -> TokenPruner:
     return pruner
 
 
-def _check(seam: Llava, pruner: TokenPruner) -> None:
-    """Everything that can be known before an image comes."""
+def check_pruner(model: Any, pruner: TokenPruner) -> None:
+    """Refuse a pruner of the vision side that does not suit a model: all that can be known before an image comes.
+
+    Raises:
+        ConfigError: layers the encoder has not, or no [CLS].
+        ShapeError: more tokens to keep than an image has.
+    """
+    seam = seam_of(model)
     encoder = seam.encoder()
     for tap in pruner.taps(encoder):
         if not 0 <= tap.layer < encoder.num_layers:
