@@ -14,6 +14,7 @@ import platform
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -167,19 +168,22 @@ def peak_bytes(run: Callable[[], Any], folder: Path) -> int:
     return report.peak_of_trace(profiler, folder)
 
 
+def _keep(made: dict[Any, Tensor], module: Any, _args: Any, output: Tensor) -> None:
+    made[module] = output
+
+
 def ready_queries_and_keys(on: Encoders) -> dict[Tap, tuple[Tensor, Tensor, float]]:
     """Queries and keys of the scoring layers, as their projections hand them on."""
     found: dict[Tap, tuple[Tensor, Tensor, float]] = {}
     for tap in on.pruner.taps(on.encoder):
-        at, made = on.tower.projections[tap.layer], {}
-        handles = [
-            module.register_forward_hook(lambda _m, _a, output, name=name: made.__setitem__(name, output))
-            for name, module in (("q", at.query), ("k", at.key))
-        ]
+        at = on.tower.projections[tap.layer]
+        made: dict[Any, Tensor] = {}
+        keep = partial(_keep, made)
+        handles = [module.register_forward_hook(keep) for module in (at.query, at.key)]
         on.sdpa(on.pixels)
         for handle in handles:
             handle.remove()
-        found[tap] = (*at.split(made["q"], made["k"]), at.scale)
+        found[tap] = (*at.split(made[at.query], made[at.key]), at.scale)
     return found
 
 
