@@ -114,7 +114,7 @@ def _memory_targets(facts: dict[str, Any]) -> list[tuple[str, bool]]:
     return [
         (f"scores and choice add {more / MIB:.2f} MiB to the peak of the tower (at most 1)", more <= MIB),
         (
-            f"the peak differs from the plain tower's by {beyond / MIB:.1f} MiB (at most 1/20 of the bytes of the maps)",
+            f"the peak is {beyond / MIB:+.1f} MiB on the plain tower's (at most 1/20 of the bytes of the maps)",
             beyond <= maps / 20,
         ),
         (f"the whole peak, the tower's own MLP in it, is 1/{part:.1f} of the maps (at most 1/20)", part >= 20),
