@@ -9,7 +9,10 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 # What a reader must see for the example to have shown anything.
-SHOWS = {"modality_mutual.py": ("###.......#####", "another question changes the image tokens", "generated: [")}
+SHOWS = {
+    "modality_mutual.py": ("###.......#####", "another question changes the image tokens", "generated: ["),
+    "prune_llava.py": ("[69, 69, 69, 69], the same bits", "[14, 14, 14, 14]", "[69, 69, 14, 14]"),
+}
 
 
 def test_every_example_is_listed():
