@@ -2,8 +2,9 @@
 
 import argparse
 import contextlib
+import dataclasses
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from mmkernels.errors import ConfigError, MMKernelsError
@@ -37,19 +38,20 @@ def _parser() -> argparse.ArgumentParser:
     demo = commands.add_parser("demo", help="train small models on real scans and measure them (2 to 5 minutes)")
     demo.add_argument(
         "--task",
-        choices=("linear", "mma"),
+        choices=tuple(_DEMOS),
         default="linear",
-        help="linear: a teacher is made linear; mma: images that read the question, against other ways of attending",
+        help="linear: a teacher is made linear; mma: images that read the question, against other ways of attending; "
+        "ml-mamba: a Mamba-2 model learns to see through a scan connector",
     )
-    demo.add_argument("--out", type=Path, help="folder for what is written; default out, or out/mma for --task mma")
+    demo.add_argument("--out", type=Path, help="folder for what is written; default out, out/mma, out/ml_mamba")
     demo.add_argument("--source", "--data", default="digits", help='"digits" or a folder with MNIST-format idx files')
     demo.add_argument("--labels", default="digits", help='names of the labels: "digits" or "fashion"')
     demo.add_argument("--seed", type=int, default=0)
     demo.add_argument("--quick", action="store_true", help="a tenth of the steps: a smoke test, not a result")
     demo.add_argument("--no-controls", action="store_true", help="leave out the two control models (--task linear)")
     demo.add_argument("--seeds", type=int, help="how many seeds, from --seed on (--task mma; default 1)")
-    demo.add_argument("--steps", type=int, help="training steps of every arm (--task mma; default 400)")
-    demo.add_argument("--arms", help="comma-separated: which arms (--task mma; default all)")
+    demo.add_argument("--steps", type=int, help="training steps of every arm (mma), of each stage (ml-mamba)")
+    demo.add_argument("--arms", help="comma-separated: which arms (mma; default all), which connector (ml-mamba)")
     demo.set_defaults(run=_demo)
 
     generate = commands.add_parser("generate", help="ask a saved model about an image")
@@ -117,16 +119,42 @@ def _info(arguments: argparse.Namespace) -> int:
 
 
 def _demo(arguments: argparse.Namespace) -> int:
-    mma_only = {"--seeds": arguments.seeds, "--steps": arguments.steps, "--arms": arguments.arms}
-    foreign = [name for name, value in mma_only.items() if value is not None] if arguments.task == "linear" else []
-    if arguments.task == "mma" and arguments.no_controls:
-        foreign = ["--no-controls"]
+    given = {
+        "--seeds": arguments.seeds is not None,
+        "--steps": arguments.steps is not None,
+        "--arms": arguments.arms is not None,
+        "--no-controls": arguments.no_controls,
+    }
+    run, options = _DEMOS[arguments.task]
+    foreign = [name for name, used in given.items() if used and name not in options]
     if foreign:
         raise ConfigError(
             f"demo: {foreign[0]} must come with the task it belongs to; got --task {arguments.task}. Leave it out, or "
-            "choose the other task."
+            "choose another task."
         )
-    return _demo_mma(arguments) if arguments.task == "mma" else _demo_linear(arguments)
+    return run(arguments)
+
+
+def _demo_ml_mamba(arguments: argparse.Namespace) -> int:
+    from mmkernels.demo.ml_mamba import DEMO, run_ml_mamba_demo
+
+    scale, steps = 0.1 if arguments.quick else 1.0, arguments.steps
+    stages = {
+        name: max(1, round(scale * (getattr(DEMO, name) if steps is None else steps)))
+        for name in ("words_steps", "steps", "finetune_steps")
+    }
+    settings = dataclasses.replace(
+        DEMO,
+        **stages,
+        out=arguments.out or DEMO.out,
+        source=arguments.source,
+        label_words=arguments.labels,
+        seed=arguments.seed,
+        questions=500 if arguments.quick else DEMO.questions,
+        arms=DEMO.arms if arguments.arms is None else tuple(arguments.arms.split(",")),
+    )
+    run_ml_mamba_demo(settings)
+    return 0
 
 
 def _demo_mma(arguments: argparse.Namespace) -> int:
@@ -240,6 +268,11 @@ def _convert_ml_mamba(arguments: argparse.Namespace) -> None:
     )
 
 
+_DEMOS: dict[str, tuple[Callable[[argparse.Namespace], int], tuple[str, ...]]] = {
+    "linear": (_demo_linear, ("--no-controls",)),
+    "mma": (_demo_mma, ("--seeds", "--steps", "--arms")),
+    "ml-mamba": (_demo_ml_mamba, ("--steps", "--arms")),
+}
 _CONVERTERS = {"mmmamba": _convert_mmmamba, "aki": _convert_aki, "ml-mamba": _convert_ml_mamba}
 
 

@@ -131,14 +131,15 @@ class CanvasTask:
         if self.order not in ORDERS:
             raise ConfigError(f"CanvasTask: order must be known; got {self.order!r}. {nearest(self.order, ORDERS)}")
 
-    def _places(self) -> list[str]:
+    def places(self) -> list[str]:
+        """What the cells are called in questions, row by row."""
         if self.grid == 3:
             return [f"the {place}" for place in _PLACES_3X3]
         return [f"row{r + 1} column{c + 1}" for r in range(self.grid) for c in range(self.grid)]
 
     def _vocabulary(self) -> tuple[str, ...]:
         # independent of `kinds` and `order`, so that one checkpoint serves every mix of questions
-        places = [word for place in self._places() for word in place.split()]
+        places = [word for place in self.places() for word in place.split()]
         taken = {*SPECIAL, *_GLUE, *_DIRECTIONS, *places, "none"}.intersection(self.names)
         if taken:
             raise DataError(
@@ -151,7 +152,7 @@ class CanvasTask:
     def _question_tables(self) -> dict[str, NDArray[np.int64]]:
         """Per kind, every question there is as one left-padded row of ids; a sample is a row number."""
         texts = {
-            "pos": [f"what is in {place} ?" for place in self._places()],
+            "pos": [f"what is in {place} ?" for place in self.places()],
             "count": [f"how many {name} ?" for name in self.names],
             "rel": [f"what is {way} the {name} ?" for way in _WAYS for name in self.names],
         }

@@ -181,11 +181,18 @@ def test_the_command_writes_table_curves_masks_and_figures(tmp_path, capsys):
 def test_processes_and_one_process_agree(tmp_path):
     from dataclasses import replace
 
-    from mmkernels.demo.mma.jobs import train_all
+    from mmkernels.demo.jobs import train_all
+    from mmkernels.demo.mma.train import train_one
 
     settings, ended = replace(TINY, arms=("causal", "mma")), []
     found = [
-        train_all(replace(settings, workers=n), lambda arm, seed, result: ended.append((arm.key, seed))) for n in (1, 2)
+        train_all(
+            replace(settings, workers=n),
+            train_one,
+            settings.steps,
+            lambda arm, seed, result: ended.append((arm.key, seed)),
+        )
+        for n in (1, 2)
     ]
     assert found[0] == found[1]
     assert sorted(ended) == [("causal", 0), ("causal", 0), ("mma", 0), ("mma", 0)]

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 
 from mmkernels.data import CanvasTask
+from mmkernels.demo.jobs import train_all
 from mmkernels.demo.mma.arms import ARMS, Arm
-from mmkernels.demo.mma.jobs import train_all
 from mmkernels.demo.mma.report import final_loss, findings, table, write_report
 from mmkernels.demo.mma.settings import MMASettings
-from mmkernels.demo.mma.train import check_arm, fresh_model, majority
+from mmkernels.demo.mma.train import check_arm, fresh_model, majority, train_one
 from mmkernels.demo.report import machine_facts
 from mmkernels.errors import DataError
 
@@ -36,7 +36,7 @@ def run_mma_demo(settings: MMASettings) -> dict[str, Any]:
     q = torch.zeros(1, 2, 4, 32)
     backend = str(explain("mma_attention", q, q, q).chosen)  # builds the native library once, before the workers start
     load, started = _load(), time.perf_counter()
-    runs = train_all(settings, _say_one)
+    runs = train_all(settings, train_one, settings.steps, _say_one)
     results = {
         "runs": runs,
         "majority": fmean(majority(settings.task(seed), settings.questions) for seed in settings.all_seeds()),
