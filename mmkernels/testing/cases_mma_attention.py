@@ -80,12 +80,22 @@ _ODD = _custom(
     [[(0, 2), (4, 1), (3, 9), (2, 2), (0, 6)], [(5, 6), (0, 0), (1, 3), (2, 4), (0, 1)]],
     [(0, 0, 2, 1, 4), (0, 1, 4, 2, 5), (0, 3, 3, 0, 6), (1, 1, 2, 5, 6), (1, 2, 9, 0, 2)],
 )
+# Dead, partial and full tiles at once for tiles of 16 rows and 32 keys; of the rectangles one fills a tile, one all
+# rows of a tile but the first, one all keys of a tile but the first ones.
+_RECTS: list[tuple[int, ...]] = [(0, 0, 16, 32, 64), (0, 17, 32, 32, 70), (0, 32, 40, 50, 66)]
+_TILES = _custom(40, 70, [[(0, 10 + i) for i in range(40)]], _RECTS)
 _LONG = [(0, 20, 164, 164, 205), (1, 3, 100, 100, 130), (1, 140, 170, 170, 171)]
 _IMAGES = [(0, 10, 90, 10, 90), (0, 120, 190, 120, 190), (1, 0, 150, 0, 150)]
 
+# Their features are in aki-padded, image-block with headdim-96, window with tiles, documents, headdim-72.
+_HEAVY = ("aki-long", "images", "window-long", "documents-long", "headdim-64")
+
+# As in any flash attention: dS is rounded for tensor cores, D is taken from the rounded output, the result is rounded.
+_ROUNDINGS = 3
+
 register_cases(
     *(
-        Case("mma_attention", name, build, small=True, summands=14)
+        Case("mma_attention", name, build, small=True, summands=14, gradient_roundings=_ROUNDINGS)
         for name, build in (
             ("causal", _build(2, 5, 2, 2, 3)),
             ("causal-lse", _build(1, 6, 2, 1, 4, **_EXTRAS)),
@@ -103,8 +113,9 @@ register_cases(
         )
     ),
     *(
-        Case("mma_attention", name, build, summands=tokens)
+        Case("mma_attention", name, build, summands=tokens, gradient_roundings=_ROUNDINGS, heavy=name in _HEAVY)
         for name, tokens, build in (
+            ("tiles", 80, _build(1, 40, 2, 1, 5, 70, mask=_TILES, **_EXTRAS)),
             ("empty-qlen", 0, _build(2, 0, 2, 2, 3, 4, **_EXTRAS)),
             ("empty-klen", 0, _build(2, 3, 2, 2, 3, 0, mask=MMAMask.full(3, 0, batch=2), **_EXTRAS)),
             ("empty-batch", 0, _build(0, 3, 2, 2, 3)),
@@ -134,6 +145,7 @@ register_cases(
             ("decode", 400, _build(3, 1, 8, 2, 128, 400, **_EXTRAS)),
             ("headdim-64", 140, _build(1, 140, 2, 1, 64)),
             ("headdim-72", 140, _build(1, 140, 2, 2, 72)),
+            ("headdim-96", 40, _build(1, 40, 2, 2, 96)),
         )
     ),
 )

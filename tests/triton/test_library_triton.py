@@ -57,6 +57,26 @@ def conv_update():
     return _update, (x, state, weight, None, None, True)
 
 
+def attention_inputs():
+    q, k, v = tensors((1, 4, 2, 3), (1, 5, 1, 3), (1, 5, 1, 3))
+    ends = torch.ones(1, 4, dtype=torch.int32, device=DEVICE)
+    return q, k, v, ends * 0, ends * 4, torch.tensor([[0, 1, 2, 4, 5]], dtype=torch.int32, device=DEVICE)
+
+
+def attention_fwd():
+    from mmkernels.ops.mma_attention._triton import _fwd
+
+    return _fwd, (*attention_inputs(), None, 0.5)
+
+
+def attention_bwd():
+    from mmkernels.ops.mma_attention._triton import _bwd
+
+    inputs = [t.detach() for t in attention_inputs()]
+    out, lse = tensors((1, 4, 2, 3), (1, 2, 4), grad=False)
+    return _bwd, (out * 2, lse * 2, *inputs, out, lse, 0.5)
+
+
 def ssd_update():
     from mmkernels.ops.ssd._triton_update import _update
 
@@ -65,7 +85,9 @@ def ssd_update():
 
 
 @needs_triton
-@pytest.mark.parametrize("make", [norm_fwd, norm_bwd, conv_fwd, conv_bwd, conv_update, ssd_update])
+@pytest.mark.parametrize(
+    "make", [norm_fwd, norm_bwd, conv_fwd, conv_bwd, conv_update, attention_fwd, attention_bwd, ssd_update]
+)
 def test_opcheck(make):
     op, args = make()
     torch.library.opcheck(op, args)

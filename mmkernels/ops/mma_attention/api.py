@@ -5,6 +5,7 @@ Softmax attention (arXiv 1706.03762, equation 1) under an MMAMask; modality-mutu
 
 import torch
 
+from mmkernels import _triton
 from mmkernels._checks import Sizes, floating, same_device, same_dtype
 from mmkernels._dispatch import NATIVE_PROBE, Backend, Op
 from mmkernels._gradients import untracked_transform
@@ -32,6 +33,7 @@ MMA_ATTENTION = Op(
     public="mmkernels.ops.mma_attention.api.mma_attention",
     backends=[
         Backend("native", f"{_HERE}._native:mma_attention", ("cpu",), untracked_transform, NATIVE_PROBE),
+        Backend("triton", f"{_HERE}._triton:mma_attention", _triton.DEVICES, _triton.objections, _triton.PROBE),
         Backend("torch", f"{_HERE}._torch:mma_attention"),
         Backend("reference", f"{_HERE}.reference:mma_attention"),
         Backend("upstream", f"{_HERE}._upstream:mma_attention", ("cuda",), declines=_upstream_declines),
