@@ -17,10 +17,11 @@ if not torch.cuda.is_available():
 
 from mmkernels import _triton
 from mmkernels.testing import poisoned_allocations
-from mmkernels.testing.interpreter import quicken
+from mmkernels.testing.interpreter import quicken, round_to_nearest
 
 if _triton.interpreting() and _triton.probe() is None:
     quicken()
+    round_to_nearest()
 
 _RAN: dict[tuple[str, str], int] = {}
 

@@ -19,8 +19,6 @@ class Case:
         build: makes float64 CPU keyword arguments of the public function from a seeded generator.
         small: few enough elements for numerical differentiation (gradcheck, gradgradcheck).
         mutates: arguments the op writes in place; they count as outputs.
-        gradient_roundings: of a Triton kernel in a 16-bit dtype, between inputs and gradient, the last one included:
-            operands of a tensor core's second product are rounded to the dtype, and so is an output that is read back.
         heavy: too many steps for Triton's interpreter (some 300 a second), which therefore leaves it out; whatever
             feature it has must be in another case too.
         summands: products behind one result (tokens that a gradient sums over), if backends may add them in any order.
@@ -32,7 +30,6 @@ class Case:
     small: bool = False
     mutates: tuple[str, ...] = ()
     summands: int = 0
-    gradient_roundings: int = 1
     heavy: bool = False
 
     def args(

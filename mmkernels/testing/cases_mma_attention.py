@@ -87,15 +87,12 @@ _TILES = _custom(40, 70, [[(0, 10 + i) for i in range(40)]], _RECTS)
 _LONG = [(0, 20, 164, 164, 205), (1, 3, 100, 100, 130), (1, 140, 170, 170, 171)]
 _IMAGES = [(0, 10, 90, 10, 90), (0, 120, 190, 120, 190), (1, 0, 150, 0, 150)]
 
-# Their features are in aki-padded, image-block with headdim-96, window with tiles, documents, headdim-72.
-_HEAVY = ("aki-long", "images", "window-long", "documents-long", "headdim-64")
-
-# As in any flash attention: dS is rounded for tensor cores, D is taken from the rounded output, the result is rounded.
-_ROUNDINGS = 3
+# Their features are in aki with tiles, padded-lse, image-block with headdim-96, window, documents, cache, headdim-96.
+_HEAVY = ("aki-long", "aki-padded", "images", "window-long", "documents-long", "chunk", "headdim-64", "headdim-72")
 
 register_cases(
     *(
-        Case("mma_attention", name, build, small=True, summands=14, gradient_roundings=_ROUNDINGS)
+        Case("mma_attention", name, build, small=True, summands=14)
         for name, build in (
             ("causal", _build(2, 5, 2, 2, 3)),
             ("causal-lse", _build(1, 6, 2, 1, 4, **_EXTRAS)),
@@ -113,12 +110,17 @@ register_cases(
         )
     ),
     *(
-        Case("mma_attention", name, build, summands=tokens, gradient_roundings=_ROUNDINGS, heavy=name in _HEAVY)
+        Case("mma_attention", name, build, summands=tokens, heavy=name in _HEAVY)
         for name, tokens, build in (
             ("tiles", 80, _build(1, 40, 2, 1, 5, 70, mask=_TILES, **_EXTRAS)),
             ("empty-qlen", 0, _build(2, 0, 2, 2, 3, 4, **_EXTRAS)),
             ("empty-klen", 0, _build(2, 3, 2, 2, 3, 0, mask=MMAMask.full(3, 0, batch=2), **_EXTRAS)),
             ("empty-batch", 0, _build(0, 3, 2, 2, 3)),
+            (
+                "padded-lse",
+                14,
+                _build(2, 6, 2, 2, 3, mask=mma_mask(6, attention_mask=_valid((2, 4, 0), (0, 5, 1))), **_EXTRAS),
+            ),
             ("odd-lse", 14, _build(2, 5, 6, 2, 3, 6, mask=_ODD, **_EXTRAS)),
             ("aki-long", 230, _build(2, 230, 4, 2, 24, mask=mma_mask(230, spans=_LONG, batch=2), **_EXTRAS)),
             (

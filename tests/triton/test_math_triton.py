@@ -99,3 +99,23 @@ def test_buckets():
     assert [_triton.bucket(n) for n in (0, 1, 2, 3, 64, 65)] == [1, 1, 2, 4, 64, 128]
     assert _triton.bucket(3, 16, 64) == 16
     assert _triton.bucket(1000, 16, 64) == 64
+
+
+@triton.jit
+def convert_kernel(x, y, z, BLOCK: tl.constexpr):
+    at = tl.arange(0, BLOCK)
+    low = tl.load(x + at).to(tl.bfloat16)
+    tl.store(y + at, low)
+    tl.store(z + at, low.to(tl.float32))
+
+
+def test_bfloat16_is_rounded_to_the_nearest():
+    # Halves between two neighbours, both ways; a carry into the exponent; what becomes infinite; both kinds of NaN.
+    bits = [0x3F808000, 0x3F818000, 0x3F818001, 0x3F817FFF, 0x3FFFFFFF, 0x7F7FFFFF, 0xFF800000, 0x7FC00000, 0x7F800001]
+    edges = torch.tensor([b - (1 << 32) if b >> 31 else b for b in bits], dtype=torch.int32).view(torch.float32)
+    values = torch.randn(64 - len(bits), generator=torch.Generator().manual_seed(0))
+    x = torch.cat([edges, values]).to(DEVICE)
+    y, z = torch.empty_like(x, dtype=torch.bfloat16), torch.empty_like(x)
+    convert_kernel[(1,)](x, y, z, BLOCK=64)
+    torch.testing.assert_close(y, x.bfloat16(), rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(z, x.bfloat16().float(), rtol=0, atol=0, equal_nan=True)

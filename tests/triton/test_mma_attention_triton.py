@@ -27,7 +27,7 @@ FAULTS = {
     ),
     "query head": ("head = kv * GROUP + packed % GROUP", "head = kv + packed % GROUP", "aki"),
     "batch element": ("v += (wide * v_batch", "v += (wide * 0 * v_batch", "causal"),
-    "lse of a row without keys": ('* LN2, float("-inf"))', "* LN2, 0.0)", "aki-padded"),
+    "lse of a row without keys": ('* LN2, float("-inf"))', "* LN2, 0.0)", "padded-lse"),
     "full tiles dropped": ("tl.maximum(start, partial), tl.maximum(stop, partial)", "0, 0", "tiles"),
     "a tile in two splits": ("tl.minimum(split * share + share,", "tl.minimum(split * share + share + 1,", "decode"),
     "splits merged with equal weights": ("tl.exp(part - shift)", "tl.exp(part - part)", "decode"),

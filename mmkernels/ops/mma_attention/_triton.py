@@ -199,13 +199,14 @@ class _Call:
     def backward(self, grad_out: Tensor, lse: Tensor, sums: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of q, k and v."""
         architecture, headdim, itemsize = self.shape
-        config = backward_kernels.config(architecture, self.qlen * self.group, headdim, itemsize)
-        classes = self.classify(config, self.group)
+        sizes = (architecture, self.qlen * self.group, headdim, itemsize)
+        query_config, key_config = backward_kernels.query_config(*sizes), backward_kernels.key_config(*sizes)
+        classes = self.classify(query_config, self.group)
         qtiles, ktiles = classes.shape[1:]
         grads = tuple(t.new_empty(t.shape) for t in (self.q, self.k, self.v))
-        for kernel, tiles, lists, written in (
-            (backward_kernels.query_kernel, qtiles, _lists(classes), grads[:1]),
-            (backward_kernels.key_kernel, ktiles, _lists(classes.transpose(1, 2)), grads[1:]),
+        for kernel, config, tiles, lists, written in (
+            (backward_kernels.query_kernel, query_config, qtiles, _lists(classes), grads[:1]),
+            (backward_kernels.key_kernel, key_config, ktiles, _lists(classes.transpose(1, 2)), grads[1:]),
         ):
             _triton.launch(
                 kernel,

@@ -272,8 +272,8 @@ def mass_kernel(
         exists = row < qlen
         weight = tl.load(weights + wide * qlen + row, exists, other=0.0)
         if tl.max(tl.abs(weight), 0) > 0:
-            at = wide * q_batch + row.to(tl.int64) * q_row + head * q_head
-            queries = load_rows(q, at, exists, HEADDIM, CHANNELS, UNIT)
+            rows = wide * q_batch + row.to(tl.int64) * q_row + head * q_head
+            queries = load_rows(q, rows, exists, HEADDIM, CHANNELS, UNIT)
             norm = tl.load(lse + row, exists, other=0.0)
             norm = tl.where(norm == float("-inf"), 0.0, norm)
             begin = tl.load(row_start + wide * qlen + row, exists, other=0)
@@ -293,12 +293,14 @@ def forward_config(architecture: str, packed: int, headdim: int, itemsize: int) 
     most, keys = (128, 64) if channels <= 64 else (128, 32)
     if itemsize > 2:
         most, keys = (32, 32) if channels <= 64 else (16, 16)
-    if channels > max(headdim, 64):  # masked channels cost registers
+    if channels > max(headdim, 64) or (channels > 64 and architecture == "sm_120"):  # masked channels cost registers
         most = min(most, 64)
     rows = _triton.bucket(packed, 16, max(16, most * 128 // max(channels, 128)))
     blocks = {"ROWS": rows, "KEYS": keys, "CHANNELS": channels}
-    # Two loads are in flight one after the other, of the list and of the tile it names: three stages.
-    return Config(blocks, warps=4 if rows == 16 else 8, stages=1 if itemsize > 2 else 3)
+    # Two loads are in flight one after the other, of the list and of the tile it names: three stages, if registers
+    # are enough for them.
+    stages = 1 if itemsize > 2 else 2 if architecture == "sm_120" else 3
+    return Config(blocks, warps=4 if rows == 16 else 8, stages=stages)
 
 
 def merge_config(headdim: int) -> Config:
@@ -331,6 +333,9 @@ def specimens(architecture: str) -> list[Specimen]:
             found.append(Specimen(label, forward_kernel, types, config, constants))
             config = mass_config(architecture, 4096, headdim, itemsize)
             found.append(Specimen(label, mass_kernel, types, config, constants))
+        causal = constants | {"rects": None, "before": None}
+        config = forward_config(architecture, 4096, headdim, itemsize)
+        found.append(Specimen(f"{dtype} headdim 128 no rectangles", forward_kernel, types, config, causal))
         config = forward_config(architecture, group, headdim, itemsize)
         found.append(Specimen(f"{dtype} decode headdim 128", forward_kernel, types, config, constants))
         found.append(Specimen(f"{dtype} headdim 128", merge_kernel, types, merge_config(headdim), constants))

@@ -299,19 +299,30 @@ def key_kernel(
 def row_sums_config(headdim: int) -> Config:
     """2048 elements of output a program."""
     channels = _triton.bucket(headdim, 16)
-    return Config({"LINES": max(1, 2048 // channels), "CHANNELS": channels})
+    return Config({"LINES": max(1, 2048 // channels), "CHANNELS": channels}, warps=8)
 
 
-def config(architecture: str, packed: int, headdim: int, itemsize: int) -> Config:
-    """Tiles for both kernels, which share a plan: what fits registers, which the interpreter has enough of."""
+def query_config(architecture: str, packed: int, headdim: int, itemsize: int) -> Config:
+    """Tiles that fit registers; on gfx942 and sm_100 eight warps spilled, and so did two stages of float32 on sm_80."""
+    few = architecture.startswith("gfx") or (architecture == "sm_100" and itemsize == 2)
+    stages = 3 if architecture == "sm_80" and itemsize > 2 else 2
+    return Config(_blocks(architecture, packed, headdim, itemsize), warps=4 if few else 8, stages=stages)
+
+
+def key_config(architecture: str, packed: int, headdim: int, itemsize: int) -> Config:
+    """The same tiles, for the plan is shared; eight warps leave a thread of gfx942 256 registers, too few."""
+    warps = 4 if architecture.startswith("gfx") else 8
+    return Config(_blocks(architecture, packed, headdim, itemsize), warps=warps, stages=2)
+
+
+def _blocks(architecture: str, packed: int, headdim: int, itemsize: int) -> dict[str, int]:
     channels = _triton.bucket(headdim, 16)
-    rows, keys, warps = 64, 32, 8
-    if itemsize > 2:
-        rows, keys, warps = (32, 32, 8) if channels <= 64 or architecture == _triton.INTERPRETER else (16, 16, 8)
+    rows, keys = 64, 32
+    if itemsize > 2:  # the interpreter has registers enough, and dear programs
+        rows, keys = (32, 32) if channels <= 64 or architecture == _triton.INTERPRETER else (16, 16)
     elif channels > 128:
         rows, keys = 32, 16
-    blocks = {"ROWS": _triton.bucket(packed, 16, rows), "KEYS": keys, "CHANNELS": channels}
-    return Config(blocks, warps=warps, stages=1 if itemsize > 2 else 2)
+    return {"ROWS": _triton.bucket(packed, 16, rows), "KEYS": keys, "CHANNELS": channels}
 
 
 def specimens(architecture: str) -> list[Specimen]:
@@ -325,9 +336,13 @@ def specimens(architecture: str) -> list[Specimen]:
         for headdim, group in ((64, 1), (72, 1), (96, 1), (128, 4)):
             constants = {"GROUP": group, "SCALE": headdim**-0.5, "HEADDIM": headdim, "UNIT": 8, "ACC": tl.float32}
             label = f"{dtype} headdim {headdim} group {group}"
-            tile = config(architecture, 4096, headdim, itemsize)
-            found.append(Specimen(label, query_kernel, dict(types), tile, constants))
-            found.append(Specimen(label, key_kernel, dict(types), tile, constants))
+            sizes = (architecture, 4096, headdim, itemsize)
+            found.append(Specimen(label, query_kernel, dict(types), query_config(*sizes), constants))
+            found.append(Specimen(label, key_kernel, dict(types), key_config(*sizes), constants))
+        causal = constants | {"rects": None, "before": None}
+        label = f"{dtype} headdim 128 no rectangles"
+        found.append(Specimen(label, query_kernel, dict(types), query_config(*sizes), causal))
+        found.append(Specimen(label, key_kernel, dict(types), key_config(*sizes), causal))
         found.append(
             Specimen(f"{dtype} headdim 128", row_sums_kernel, dict(types), row_sums_config(headdim), constants)
         )

@@ -16,7 +16,7 @@ DEAD, PARTIAL, FULL = 0, 1, 2
 @triton.jit
 def rectangle(rects, n, qlen, klen):
     """Rows and keys of a rectangle, cut to the call: q0, q1, k0, k1."""
-    at = rects + n.to(tl.int64) * 5
+    at = rects + tl.cast(n, tl.int64) * 5
     q1, k1 = tl.minimum(tl.load(at + 2), qlen), tl.minimum(tl.load(at + 4), klen)
     return tl.load(at + 1), q1, tl.load(at + 3), k1
 
@@ -29,10 +29,11 @@ def kept(row, key, begin, end, rects, first, last, qlen, klen, row_low, row_high
     rows row_low..row_high and keys key_low..key_high.
     """
     keep = (key >= begin) & (key < end)
-    for n in range(first, last):
-        q0, q1, k0, k1 = rectangle(rects, first * 0 + n, qlen, klen)
-        if (q0 <= row_high) & (q1 > row_low) & (k0 <= key_high) & (k1 > key_low):
-            keep = keep | (((row >= q0) & (row < q1)) & ((key >= k0) & (key < k1)))
+    if rects is not None:
+        for n in range(first, last):
+            q0, q1, k0, k1 = rectangle(rects, n, qlen, klen)
+            if (q0 <= row_high) & (q1 > row_low) & (k0 <= key_high) & (k1 > key_low):
+                keep = keep | (((row >= q0) & (row < q1)) & ((key >= k0) & (key < k1)))
     return keep
 
 
@@ -87,13 +88,14 @@ def classify_kernel(
         holds = ((begin <= key[None, :]) & (end >= (key + KEYS)[None, :])) | absent
         live = tl.max(meets.to(tl.int32), 0)
         full = tl.min(holds.to(tl.int32), 0)
-        for n in range(first, last):
-            q0, q1, k0, k1 = rectangle(rects, first * 0 + n, qlen, klen)
-            hit = (key < k1) & (key + KEYS > k0) & (key * 0 + k1 > k0)
-            hit = hit & (key * 0 + q1 > low) & (key * 0 + q0 <= high) & (key * 0 + q1 > q0)
-            whole = hit & (key >= k0) & (key + KEYS <= k1) & (key * 0 + q0 <= low) & (key * 0 + q1 > high)
-            live = tl.maximum(live, hit.to(tl.int32))
-            full = tl.maximum(full, whole.to(tl.int32))
+        if rects is not None:
+            for n in range(first, last):
+                q0, q1, k0, k1 = rectangle(rects, n, qlen, klen)
+                hit = (key < k1) & (key + KEYS > k0) & (key * 0 + k1 > k0)
+                hit = hit & (key * 0 + q1 > low) & (key * 0 + q0 <= high) & (key * 0 + q1 > q0)
+                whole = hit & (key >= k0) & (key + KEYS <= k1) & (key * 0 + q0 <= low) & (key * 0 + q1 > high)
+                live = tl.maximum(live, hit.to(tl.int32))
+                full = tl.maximum(full, whole.to(tl.int32))
         tl.store(out + other, (live + live * full).to(tl.int8), other < ktiles)
 
 
@@ -143,4 +145,6 @@ def specimens(architecture: str) -> list[Specimen]:
         found.append(
             Specimen(f"group {group}", classify_kernel, types, classify_config(128, 64, group), {"GROUP": group})
         )
+    plain = {"GROUP": 1, "rects": None, "before": None}
+    found.append(Specimen("no rectangles", classify_kernel, types, classify_config(128, 64, 1), plain))
     return found
