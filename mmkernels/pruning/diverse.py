@@ -13,7 +13,7 @@ from torch.nn.functional import normalize
 
 from mmkernels.errors import ConfigError
 from mmkernels.ops.token_pruning.budget import ranked
-from mmkernels.pruning.merged import check_source, first_max, only, row_of, take
+from mmkernels.pruning.merged import check_source, only, row_of, take
 from mmkernels.pruning.pruner import Encoder, Pruned, Stage, Tap, TokenPruner, VisionInputs, check_count, check_share
 from mmkernels.pruning.scored import needs_cls, refuse_mask
 
@@ -96,11 +96,11 @@ class DivPrune(TokenPruner):
         distance = 1 - unit @ unit.mT
         sample = torch.arange(images, device=x.device)
         alone = distance + torch.diag(torch.full((tokens,), math.inf, device=x.device))
-        chosen = [first_max(alone.amin(-1))]
+        chosen = [alone.amin(-1).argmax(-1)]  # the first of equal ones
         closest = distance[sample, chosen[0]]
         for _ in range(self.count(tokens) - 1):
             closest = closest.scatter(1, chosen[-1][:, None], -math.inf)
-            chosen.append(first_max(closest))
+            chosen.append(closest.argmax(-1))
             closest = torch.minimum(closest, distance[sample, chosen[-1]])
         return in_raster_order(x, torch.stack(chosen, 1))
 

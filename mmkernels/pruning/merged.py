@@ -92,7 +92,7 @@ def add_means(x: Tensor, metric: Tensor, target: Tensor, other: Tensor) -> tuple
     counts = torch.zeros(target.shape, device=x.device)
     if target.shape[1] == 0 or other.shape[1] == 0:
         return take(x, target), counts
-    belongs = first_max(take(metric, other) @ take(metric, target).mT)
+    belongs = (take(metric, other) @ take(metric, target).mT).argmax(-1)  # the first of equal ones
     counts = counts.scatter_add(1, belongs, torch.ones(belongs.shape, device=x.device))
     acc = torch.promote_types(x.dtype, torch.float32)
     sample = torch.arange(len(x), device=x.device)[:, None]
@@ -216,12 +216,6 @@ def joined_attention(query: Tensor, keys: Tensor, num_prefix: int) -> Tensor:
 def take(x: Tensor, index: Tensor) -> Tensor:
     """Rows of each image."""
     return x[torch.arange(len(x), device=x.device)[:, None], index]
-
-
-def first_max(x: Tensor) -> Tensor:
-    """The lowest place of the largest value of the last dimension; argmax promises nothing about ties."""
-    places = torch.arange(x.shape[-1], device=x.device)
-    return torch.where(x == x.amax(-1, keepdim=True), places, x.shape[-1]).amin(-1)
 
 
 def only(inputs: VisionInputs, what: What) -> Tensor:

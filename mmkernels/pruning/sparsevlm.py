@@ -159,9 +159,5 @@ def density_peaks(x: Tensor, clusters: int) -> tuple[Tensor, int]:
     denser = (density > density[:, None]) | ((density == density[:, None]) & (place < place[:, None]))
     parent = torch.where(denser, distance, distance.amax()).amin(-1)
     centres = ranked((parent * density)[None], None)[0][:clusters]
-    belongs = torch.where(
-        distance[:, centres] == distance[:, centres].amin(-1, keepdim=True),
-        torch.arange(clusters, device=x.device),
-        clusters,
-    ).amin(-1)
+    belongs = distance[:, centres].argmin(-1)  # the first of equal ones
     return belongs.index_put((centres,), torch.arange(clusters, device=x.device)), clusters

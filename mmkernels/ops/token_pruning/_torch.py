@@ -113,23 +113,20 @@ def bipartite_soft_matching(metric: Tensor, r: int, protect: int, order: str) ->
         assignment = keep.argsort(-1)
         return keep.contiguous(), assignment, whole[:, :0].contiguous(), metric.new_empty((batch, 0), dtype=acc)
     unit = torch.nn.functional.normalize(metric.to(acc), dim=-1, eps=1e-12)
-    even, odd = unit[:, ::2], unit[:, 1::2]
-    cosine = even @ odd.mT
-    closed = (place[::2, None] < protect) | (place[1::2] < protect)
-    cosine = cosine.masked_fill(closed, float("-inf"))
+    # Protected tokens are in neither set: places 2 i of `even` and 2 i + 1 of `odd` begin behind them.
+    evens, odds = (protect + 1) // 2, protect // 2
+    cosine = unit[:, 2 * evens :: 2] @ unit[:, 2 * odds + 1 :: 2].mT
     with torch.no_grad():
-        best = cosine.amax(-1)
-        # argmax promises nothing about ties
-        link = torch.where(cosine == best[..., None], place[: odd.shape[1]], tokens).amin(-1)
-        chosen = ranked(best, None)[:, :r]
-        source, target = 2 * chosen, 2 * link.gather(1, chosen) + 1
-        merged = torch.zeros_like(whole, dtype=torch.bool).scatter(1, source, True)
-        key = whole + tokens * (whole % 2) if order == "sets" else whole
-        keep = (key + 2 * tokens * merged).argsort(-1)[:, : tokens - r]
-        slot = torch.zeros_like(whole).scatter(1, keep, place[: tokens - r].expand(batch, -1))
-        assignment = slot.scatter(1, source, slot.gather(1, target))
-    similarity = cosine[torch.arange(batch, device=device)[:, None], chosen, link.gather(1, chosen)]
-    return keep, assignment, source, similarity
+        best, link = cosine.max(-1)  # the first of equal ones
+        # adding 0 makes -0 a 0, which some sorts tell apart
+        chosen = (best + 0.0).sort(dim=-1, descending=True, stable=True).indices[:, :r]
+        target = link.gather(1, chosen)
+    similarity = cosine[torch.arange(batch, device=device)[:, None], chosen, target]
+    source, target = 2 * (chosen + evens), 2 * (target + odds) + 1
+    key = whole + tokens * (whole % 2) if order == "sets" else whole
+    keep = key.scatter_add(1, source, torch.full_like(source, 2 * tokens)).argsort(-1)[:, : tokens - r]
+    slot = torch.zeros_like(whole).scatter(1, keep, place[: tokens - r].expand(batch, -1))
+    return keep, slot.scatter(1, source, slot.gather(1, target)), source, similarity
 
 
 def merge_tokens(
@@ -137,16 +134,25 @@ def merge_tokens(
 ) -> tuple[Tensor, Tensor]:
     """See mmkernels.merge_tokens."""
     acc = torch.promote_types(x.dtype, torch.float32)
-    sample = torch.arange(x.shape[0], device=x.device)[:, None]
-    weight = x.new_ones(x.shape[:2], dtype=acc) if sizes is None else sizes.to(acc)
+    batch, tokens, dim = x.shape
+    weight = x.new_ones((batch, tokens), dtype=acc) if sizes is None else sizes.to(acc)
     slot = assignment.gather(1, source)
     given = weight.gather(1, source)
     totals = weight.gather(1, keep_indices).scatter_add(1, slot, given)
-    kept = x[sample, keep_indices]
-    share = (given / totals.gather(1, slot))[..., None]
-    target = keep_indices.gather(1, slot)
-    change = share * (x[sample, source].to(acc) - x[sample, target].to(acc))
-    # Only rows that something is merged into are computed: the others are copied as they are.
-    changes = torch.zeros_like(kept, dtype=acc).index_put((sample, slot), change, accumulate=True)
-    touched = torch.zeros_like(totals, dtype=torch.bool).scatter(1, slot, True)[..., None]
-    return torch.where(touched, (kept.to(acc) + changes).to(x.dtype), kept), totals
+    rows, width = x.flatten(0, 1), keep_indices.shape[1]
+    first = torch.arange(batch, device=x.device)[:, None]
+    kept = rows.index_select(0, (keep_indices + tokens * first).flatten())
+    if source.shape[1] == 0:
+        return kept.view(batch, width, dim), totals
+    # Only rows that something is merged into are computed: the others are copied as they are.  What goes to the same
+    # slot is added up at the first of them, so that all of them write the same.
+    target = kept.index_select(0, (slot + width * first).flatten()).to(acc)
+    share = (given / totals.gather(1, slot)).reshape(-1, 1)
+    change = share * (rows.index_select(0, (source + tokens * first).flatten()).to(acc) - target)
+    own = (torch.arange(source.shape[1], device=x.device) + source.shape[1] * first).flatten()
+    shared = ((slot[:, :, None] == slot[:, None]).to(torch.int8).argmax(-1) + source.shape[1] * first).flatten()
+    change = torch.zeros_like(change).index_add(0, shared, change).index_select(0, shared)
+    value = (target + change).to(x.dtype)
+    value = torch.where((own == shared)[:, None], value, value.detach())  # a gradient once, though several write
+    kept.index_put_(((slot + width * first).flatten(),), value)
+    return kept.view(batch, width, dim), totals
