@@ -76,7 +76,7 @@ def _parser() -> argparse.ArgumentParser:
     distill.add_argument("--resume", action="store_true", help="continue from the last checkpoint in --out")
     distill.set_defaults(run=_distill)
 
-    convert = commands.add_parser("convert", help="convert mmMamba, AKI and ML-Mamba checkpoints, both ways")
+    convert = commands.add_parser("convert", help="convert mmMamba, AKI, ML-Mamba and LLaVA-1.5 checkpoints, both ways")
     convert.add_argument("--model", default="mmmamba", choices=tuple(_CONVERTERS), help="whose checkpoint it is")
     convert.add_argument("source", type=Path, nargs="+", help="file or folder; training files stage by stage")
     convert.add_argument("destination", type=Path, help="folder (or .pt file) to write")
@@ -215,7 +215,7 @@ def _distill(arguments: argparse.Namespace) -> int:
 
 
 def _convert(arguments: argparse.Namespace) -> int:
-    foreign = {"--vision": ("ml-mamba", arguments.vision), "--base": ("mmmamba aki", arguments.base)}
+    foreign = {"--vision": ("ml-mamba", arguments.vision), "--base": ("mmmamba aki vtc-cls", arguments.base)}
     for name, (owners, value) in foreign.items():
         if value is not None and arguments.model not in owners.split():
             raise ConfigError(f"convert: {name} must come with --model {owners.replace(' ', ' or ')}; got it without.")
@@ -268,12 +268,30 @@ def _convert_ml_mamba(arguments: argparse.Namespace) -> None:
     )
 
 
+def _convert_vtc_cls(arguments: argparse.Namespace) -> None:
+    from mmkernels.models.vtc_cls.convert_vtc_cls import convert_checkpoint
+
+    convert_checkpoint(
+        arguments.source[0],
+        arguments.destination,
+        layout=arguments.layout,
+        to=arguments.to,
+        base=arguments.base,
+        overwrite=arguments.overwrite,
+    )
+
+
 _DEMOS: dict[str, tuple[Callable[[argparse.Namespace], int], tuple[str, ...]]] = {
     "linear": (_demo_linear, ("--no-controls",)),
     "mma": (_demo_mma, ("--seeds", "--steps", "--arms")),
     "ml-mamba": (_demo_ml_mamba, ("--steps", "--arms")),
 }
-_CONVERTERS = {"mmmamba": _convert_mmmamba, "aki": _convert_aki, "ml-mamba": _convert_ml_mamba}
+_CONVERTERS = {
+    "mmmamba": _convert_mmmamba,
+    "aki": _convert_aki,
+    "ml-mamba": _convert_ml_mamba,
+    "vtc-cls": _convert_vtc_cls,
+}
 
 
 if __name__ == "__main__":

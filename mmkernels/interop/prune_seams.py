@@ -3,7 +3,7 @@
 One class a family of models; what none of them knows cannot be pruned at the vision side.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -35,6 +35,8 @@ class Llava:
 
     names: ClassVar[tuple[str, ...]] = ("LlavaModel",)
     plain_decoder: ClassVar[bool] = True  # causal over the whole prompt: layers may see fewer tokens
+    merges: ClassVar[bool] = True  # the tower's tokens are the image's tokens, so blocks may merge them
+    placeholders: ClassVar[bool] = True  # a prompt has one for each token of an image
     position_start: ClassVar[int] = 0
 
     def __init__(self, model: Any, core: Any):
@@ -258,6 +260,7 @@ class Aki(Llava):
 
     names = ("AkiForConditionalGeneration",)
     plain_decoder = False
+    merges = False
 
     def __init__(self, model: Any, core: Any):
         self.model, self.core, self.config = model, core, core.config
@@ -276,8 +279,6 @@ class Aki(Llava):
         pixels = given.get("pixel_values")
         if pixels is None or pixels.shape[0] == 0:
             return None
-        if isinstance(choice.pruner, ToMe):
-            raise ConfigError("prune: tome must have the encoder's blocks to merge in; got a resampler. Use vtc_cls.")
         given["pixel_values"] = None
         features = self.core.encode_images(pixels)
         self.tower = resampler(self.core.resampler, features.shape[1])
@@ -300,7 +301,50 @@ class Aki(Llava):
         given |= {"pixel_values": None, "image_tokens": torch.cat([image.tokens for image in images])}
 
 
-_FAMILIES: tuple[type[Llava], ...] = (Llava, LlavaNext, PaliGemma, Aki)
+class MLMamba(Llava):
+    """ML-Mamba: pruned behind the connector's scan, which needs the grid; prompts have no placeholder."""
+
+    names = ("MLMambaForConditionalGeneration",)
+    plain_decoder = False
+    merges = False
+    placeholders = False
+
+    def __init__(self, model: Any, core: Any):
+        self.model, self.core, self.config = model, core, core.config
+        towers = [vit(tower) for tower in core.vision_tower.towers]
+        first = next((tower for tower in towers if tower.num_prefix), towers[0])  # one with [CLS], to score by
+        self.tower = replace(first, module=core.vision_tower)
+
+    def grid(self) -> tuple[int, int]:
+        """Patches of an image."""
+        height, width = self.config.grid
+        return height, width
+
+    def layers(self, chosen: Any = None) -> tuple[int, ...]:
+        """The last but one, as the towers hand it on."""
+        return (len(self.tower.layers) - 2,)
+
+    def features(self, pixels: Tensor, choice: Choice) -> tuple[Tensor, list[Tensor]]:
+        """Image embeddings that stay, (images, tokens, hidden), and their patches."""
+        height, width = self.grid()
+        taps = () if choice.pruner is None else choice.pruner.taps(self.encoder())
+        seen = self.tower.run(pixels, num_tokens=height * width, layers=(), taps=taps, to_the_end=True)
+        features, _ = seen.last  # type: ignore[misc]
+        hidden = self.core.connector.mix(features.to(self.core.connector.entry.weight.dtype), (height, width))
+        pruned = self._prune(hidden, hidden[:, :0], 0, seen, choice, grid=(height, width))
+        if not bool(pruned.mask.all()):
+            raise ConfigError(
+                f"prune: {choice.pruner!r} must keep as many tokens of every image; got different numbers. ML-Mamba "
+                "reads images of one length: use num_keep or keep_ratio."
+            )
+        return pruned.tokens, list(pruned.indices.detach())
+
+    def project(self, features: Tensor) -> Tensor:
+        """The connector's width to the language model's."""
+        return self.core.connector.projector(features)
+
+
+_FAMILIES: tuple[type[Llava], ...] = (Llava, LlavaNext, PaliGemma, Aki, MLMamba)
 
 
 def seam_of(model: Any) -> Llava:
@@ -316,8 +360,8 @@ def seam_of(model: Any) -> Llava:
                 return family(model, core)
     raise BackendError(
         f"prune: model must be of a family whose image placeholders can be shrunk; got {type(model).__name__}. Known: "
-        "LLaVA (any ViT tower), LLaVA-NeXT, PaliGemma, AKI. Models that merge patches or count positions in three "
-        "dimensions (Qwen2-VL) are not among them."
+        "LLaVA (any ViT tower), LLaVA-NeXT, PaliGemma, AKI, ML-Mamba. Models that merge patches or count positions in "
+        "three dimensions (Qwen2-VL) are not among them."
     )
 
 

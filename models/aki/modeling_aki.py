@@ -16,8 +16,8 @@ from transformers.utils import can_return_tuple
 from mmkernels.errors import ConfigError, ShapeError
 from mmkernels.interop.mma import ModalityMutual, forward_with_spans
 from mmkernels.interop.mma_halves import NAME
-from mmkernels.interop.prune import PrunedModel, Pruning, forward_pruned
 from mmkernels.interop.prune_call import recall
+from mmkernels.interop.prune_model import PrunedModel, Pruning, forward_pruned
 from mmkernels.interop.prune_seams import Choice
 from mmkernels.interop.transformers import cached_tokens
 from mmkernels.models.aki.configuration_aki import AkiConfig

@@ -7,7 +7,8 @@ from typing import Any
 
 from transformers import LlavaForConditionalGeneration
 
-from mmkernels.interop.prune import Pruning, check_pruner, pruned_class
+from mmkernels.interop.prune import check_pruner
+from mmkernels.interop.prune_model import Pruning, pruned_class
 from mmkernels.interop.prune_seams import Choice
 from mmkernels.models.vtc_cls.configuration_vtc_cls import VTCCLSConfig
 from mmkernels.pruning.registry import get_pruner

@@ -5,7 +5,8 @@ import copy
 import pytest
 import torch
 from torch.nn import functional as F
-from vlm_tiny import IMAGE, PAD, batch, llava, llava_next, paligemma
+from transformers import Dinov2WithRegistersConfig
+from vlm_tiny import IMAGE, PAD, PIXELS, SIZES, batch, llava, llava_next, paligemma, stir
 
 import mmkernels
 from mmkernels.errors import BackendError, ConfigError, ShapeError
@@ -391,6 +392,8 @@ def test_what_cannot_be_pruned_says_so(model):
             model(**{**inputs, "attention_mask": torch.ones(3, 1, 9, 9)})
         with pytest.raises(ConfigError, match="able to grow"):
             model.generate(**inputs, max_new_tokens=2, cache_implementation="static")
+        with pytest.raises(ConfigError, match="prefill_chunk_size must be left out"):
+            model.generate(**inputs, max_new_tokens=2, prefill_chunk_size=8)
         with pytest.raises(ConfigError, match="input_ids must be given with images"):
             model(inputs_embeds=torch.zeros(1, 3, 32), pixel_values=inputs["pixel_values"])
 
@@ -434,6 +437,31 @@ def merged_by_hand(tower, pixels, counts):
         x, sizes = (sums / total[:, None])[stay], total[stay]
         x = x + layer.mlp(layer.layer_norm2(x))
     return x[1:]
+
+
+@torch.no_grad()
+def test_a_tower_with_registers_and_other_names():
+    sizes = {k: v for k, v in SIZES.items() if k != "intermediate_size"}
+    vision = Dinov2WithRegistersConfig(**sizes, **PIXELS, num_register_tokens=2)
+    stock = llava()
+    config = stock.config.to_dict() | {"vision_config": vision, "vision_feature_select_strategy": "full"}
+    model = stir(type(stock)(type(stock.config)(**config)))
+    inputs = batch([[1, 5, PICTURE, 7]], tokens=19)  # [CLS] and both registers are handed on
+    whole = model(**inputs).logits
+    with mmkernels.prune(model, "vtc_cls", num_keep=16, num_layers=2):
+        assert torch.equal(model(**inputs).logits, whole)
+    with mmkernels.prune(model, "vtc_cls", num_keep=4, num_layers=2) as handle:
+        got = model(**inputs).logits
+        kept = handle.kept[0]
+    tower = model.model.vision_tower
+    tower.set_attn_implementation("eager")
+    out = tower(inputs["pixel_values"], output_attentions=True, output_hidden_states=True)
+    scores = sum(out.attentions[layer].mean(1)[0, 0, 3:] for layer in (0, 1))
+    best = sorted(scores.argsort(descending=True)[:4].tolist())
+    assert kept.tolist() == [-1, -1, -1, *best]
+    features = out.hidden_states[-2][0][[0, 1, 2, *(3 + p for p in best)]]
+    expected = model(inputs_embeds=by_hand(model, [1, 5, PICTURE, 7], [model.model.multi_modal_projector(features)]))
+    torch.testing.assert_close(got, expected.logits, atol=2e-5, rtol=1e-4)
 
 
 @torch.no_grad()
