@@ -15,7 +15,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     size.add_argument("--quick", action="store_true", help="every op once at one small layer: under 90 seconds")
     size.add_argument("--full", action="store_true", help="every shape, length, dtype and peer: about 20 minutes")
     parser.add_argument("--ops", type=names, help="parts, e.g. ssd_scan,mixer,memory,first_call; default: all")
-    parser.add_argument("--shapes", type=names, help="layers: 130m,1.3b,2.7b,mmmamba; prompts: aki,bidir,kv-cache")
+    parser.add_argument(
+        "--shapes", type=names, help="layers: 130m,1.3b,2.7b,mmmamba; prompts: aki,bidir,kv-cache; images: clip-l"
+    )
     parser.add_argument("--lengths", type=numbers, help="tokens, e.g. 512,2048")
     parser.add_argument("--dtypes", type=names, help="float32,bfloat16")
     parser.add_argument(

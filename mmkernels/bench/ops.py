@@ -15,6 +15,7 @@ from mmkernels.bench.peers import (
     mamba_ssm_ref,
     ours,
     plain_torch,
+    pruning,
     torchmamba,
     transformers_cpu,
 )
@@ -221,6 +222,53 @@ ATTENTION_DECODE = OpRace(
     bytes=attention.cache_bytes,
     shapes=("kv-cache",),
 )
+PRUNE = OpRace(
+    pruning.prune_problem,
+    pruning.prune_truth,
+    (
+        Contestant(OURS, pruning.ours, backward=_FORWARD_ONLY),
+        Contestant(
+            "mmkernels, torch backend", functools.partial(pruning.ours, backend="torch"), backward=_FORWARD_ONLY
+        ),
+        Contestant("topk, sort, gather", pruning.topk_gather, backward=_FORWARD_ONLY),
+        Contestant("topk, sort, index_select", pruning.topk_index_select, backward=_FORWARD_ONLY),
+    ),
+    baseline="topk, sort, gather",
+    limits=("copy",),
+    bytes=pruning.prune_bytes,
+    shapes=("clip-l", "clip-l-x16"),
+)
+CLS_SCORES = OpRace(
+    pruning.scores_problem,
+    pruning.row_truth,
+    (
+        Contestant(OURS, pruning.ours_row, backward=_FORWARD_ONLY),
+        Contestant(
+            "mmkernels, torch backend", functools.partial(pruning.ours_row, backend="torch"), backward=_FORWARD_ONLY
+        ),
+        Contestant("eager map, then its row", pruning.map_row, backward=_FORWARD_ONLY),
+        Contestant("softmax of one row", pruning.torch_row, backward=_FORWARD_ONLY),
+    ),
+    baseline="eager map, then its row",
+    limits=("read",),
+    bytes=pruning.row_bytes,
+    shapes=("clip-l",),
+)
+COLUMN_SCORES = OpRace(
+    pruning.scores_problem,
+    pruning.column_truth,
+    (
+        Contestant(OURS, pruning.ours_column, backward=_FORWARD_ONLY),
+        Contestant(
+            "mmkernels, torch backend", functools.partial(pruning.ours_column, backend="torch"), backward=_FORWARD_ONLY
+        ),
+        Contestant("eager map, then its columns", pruning.map_column, backward=_FORWARD_ONLY),
+    ),
+    baseline="eager map, then its columns",
+    limits=("gemm",),
+    flops=pruning.column_flops,
+    shapes=("clip-l",),
+)
 
 OPS = {
     "ssd_scan": SCAN,
@@ -231,6 +279,9 @@ OPS = {
     "mixer": MIXER,
     "mma_attention": ATTENTION,
     "mma_attention_decode": ATTENTION_DECODE,
+    "prune_tokens": PRUNE,
+    "cls_attention_scores": CLS_SCORES,
+    "attention_column_scores": COLUMN_SCORES,
 }
 
 

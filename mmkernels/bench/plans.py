@@ -8,6 +8,7 @@ from mmkernels.bench.shapes import DTYPES, LAYERS, LENGTHS, Cell, shape_named
 from mmkernels.errors import ConfigError, nearest
 
 DECODE = ("ssd_update", "causal_conv1d_update")
+PRUNING = ("prune_tokens", "cls_attention_scores", "attention_column_scores")
 EXTRAS = ("memory", "first_call")
 PARTS = (*OPS, *EXTRAS)
 # Left out of a quick look: compiling takes longer than everything else, and one call takes seconds.
@@ -70,6 +71,8 @@ def quick(threads: int) -> Plan:
     cells = [cell for op in ops for cell in _cells(op, ("130m",), (512,), ("float32",), (threads,))]
     cells += _cells("mma_attention", ("aki",), (512,), ("float32",), (threads,))
     cells += _cells("mma_attention_decode", ("kv-cache",), (8192,), ("bfloat16",), (threads,))
+    cells += _cells("prune_tokens", ("clip-l-x16",), (576,), ("float32",), (threads,))
+    cells += [cell for op in PRUNING[1:] for cell in _cells(op, ("clip-l",), (576,), ("float32",), (threads,))]
     return Plan(tuple(cells), (), _first_calls(threads, ("ssd_scan",)), _SLOW, rounds=3, budget=4.0, shortest=0.05)
 
 
@@ -80,6 +83,7 @@ def usual(threads: int) -> Plan:
     cells += _cells("mma_attention", ("aki",), (1024,), DTYPES, (threads,))
     cells += _cells("mma_attention", ("aki",), (1024,), ("float32",), (threads,), backward=True)
     cells += _cells("mma_attention_decode", ("kv-cache",), (8192, 32768), ("bfloat16",), (threads,))
+    cells += [cell for op in PRUNING for cell in _cells(op, OPS[op].shapes, (576,), DTYPES, (threads,))]
     memory = (Cell("ssd_scan", "130m", 2048, "float32", threads),)
     return Plan(tuple(cells), memory, _first_calls(threads, tuple(OPS)), _SLOW)
 
@@ -125,14 +129,16 @@ def full(threads: int) -> Plan:
         *_cells("mma_attention", ("aki-d128", "aki-short-d128"), (4096,), ("float32",), (threads,), backward=True),
         *_cells("mma_attention_decode", ("kv-cache",), (8192, 32768, 105472), ("bfloat16",), both),
     ]
+    pruned = [cell for op in PRUNING for cell in _cells(op, OPS[op].shapes, (576,), DTYPES, both)]
     memory = (
+        *_cells("attention_column_scores", ("clip-l",), (576,), ("float32",), (threads,)),
         *_cells("mma_attention", ("aki-d128",), (4096,), ("float32",), (threads,)),
         *_cells("mma_attention", ("aki-d128",), (4096,), ("float32",), (threads,), backward=True),
         *_cells("ssd_scan", ("130m", "2.7b"), (2048,), ("float32",), (threads,)),
         *_cells("ssd_scan", ("130m",), (512,), ("float32",), (threads,), backward=True),
         *_cells("causal_conv1d", ("2.7b",), (2048,), ("float32",), (threads,)),
     )
-    return Plan(tuple(scan + streams + decode + mixer + attention), memory, _first_calls(threads, tuple(OPS)))
+    return Plan(tuple(scan + streams + decode + mixer + attention + pruned), memory, _first_calls(threads, tuple(OPS)))
 
 
 def asked(

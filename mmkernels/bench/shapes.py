@@ -22,7 +22,7 @@ class Shape:
     conv_dim: int
     conv_width: int
     batch: int = 1
-    # Attention: "aki", "bidirectional" or "cache" (ngroups are its key-value heads), and shares of the sequence.
+    # Attention: "aki", "bidirectional", "cache", "image" (ngroups are key-value heads), and shares of the sequence.
     mask: str = ""
     image: float = 0.0
     question: float = 0.0
@@ -55,7 +55,9 @@ SHAPES |= {
     "bidir": _attention(32, 96, 32, "bidirectional", 576 / 1024),
     "bidir-d128": _attention(32, 128, 32, "bidirectional", 2880 / 4096),
     "kv-cache": _attention(16, 128, 8, "cache"),
+    "clip-l": _attention(16, 64, 16, "image"),
 }
+SHAPES["clip-l-x16"] = dataclasses.replace(SHAPES["clip-l"], batch=16)  # images in a batch, or crops of three
 RECURRENT = tuple(name for name, shape in SHAPES.items() if not shape.mask)
 LAYERS = ("130m", "1.3b", "2.7b", "mmmamba")  # of models; "training" is a batch of short rows of a small one
 

@@ -20,6 +20,9 @@ TITLES = {
     "causal_conv1d_update": "causal_conv1d_update: one token, the states of all layers in rotation, per call",
     "mma_attention": "mma_attention: an image and the question it reads (aki), a bidirectional image (bidir)",
     "mma_attention_decode": "mma_attention: one token over a cache of keys and values, its length behind",
+    "prune_tokens": "prune_tokens: 1/9 of the patches of CLIP ViT-L/14-336, chosen by score and gathered",
+    "cls_attention_scores": "cls_attention_scores: the row of [CLS] in a layer of CLIP ViT-L/14-336",
+    "attention_column_scores": "attention_column_scores: the mean of every column in a layer of CLIP ViT-L/14-336",
     "mixer": "A Mamba-2 mixer between its two projections: convolution, scan, gate, norm",
 }
 

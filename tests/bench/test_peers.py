@@ -21,8 +21,10 @@ DECODE = ("ssd_update", "causal_conv1d_update")
 
 def cells(backward=False):
     for op, race in OPS.items():
-        for shape in ("130m", "mmmamba", "training", "aki", "aki-short-d128", "bidir", "kv-cache"):
-            if shape in race.shapes and not (backward and (op in DECODE or op in ("mixer", "mma_attention_decode"))):
+        for shape in ("130m", "mmmamba", "training", "aki", "aki-short-d128", "bidir", "kv-cache", "clip-l"):
+            if shape in race.shapes and not (
+                backward and (op in DECODE or shape == "clip-l" or op in ("mixer", "mma_attention_decode"))
+            ):
                 length = 1 if op in DECODE else 20 if shape == "training" else 512
                 yield Cell(op, shape, length, backward=backward)
 
