@@ -4,6 +4,7 @@ The model's object gets a subclass of its own class, whose `forward` prunes firs
 every weight and the configuration stay as they are.
 """
 
+from types import MethodType
 from typing import Any, Literal
 
 from torch import Tensor
@@ -35,7 +36,11 @@ class Attached:
 
     @property
     def kept(self) -> list[Tensor]:
-        """The patches each image of the last call kept, (n,) int64 each; crops counted through, -1: no patch."""
+        """What the last call with images kept, (n,) int64 each.
+
+        Of each image the patches, crops counted through, -1 for tokens of no patch; with a pruner of the decoder, of
+        each row with images those of all its visual tokens that reached the end.
+        """
         return self._pruning.kept
 
     def detach(self) -> None:
@@ -56,6 +61,7 @@ class Attached:
         stock = type(self.model).__dict__.get("_stock")
         if stock is not None:
             self.model.__class__ = stock
+            _rewire(self.model)
 
     def __enter__(self) -> "Attached":
         return self
@@ -130,9 +136,21 @@ def prune(
         pruning = Pruning(Choice(chosen, skip_padding), compact=position_policy == "compact")
     before = model.__dict__.get("_pruning")
     if not isinstance(model, PrunedModel):
+        if "forward" in model.__dict__ and "_old_forward" not in model.__dict__:
+            raise ConfigError(
+                "prune: model must have its class's forward; somebody has put another in front of it (mixed precision "
+                "of accelerate does). Prune first, then prepare the model."
+            )
         model.__class__ = pruned_class(type(model))
+        _rewire(model)
     model._pruning = pruning
     return Attached(model, chosen, pruning, before)
+
+
+def _rewire(model: Any) -> None:
+    """The forward that hooks of accelerate (device_map over several devices) wrap: the present class's."""
+    if "_old_forward" in model.__dict__:
+        model._old_forward = MethodType(type(model).forward, model)
 
 
 def _pruner(pruner: TokenPruner | str, options: dict[str, Any]) -> TokenPruner:

@@ -168,6 +168,12 @@ class PromptRun(DecoderRun):
         columns = self.columns.to(labels.device)
         return labels.gather(1, columns.clamp(min=0)).masked_fill(columns < 0, -100)
 
+    def kept(self, visual: Tensor) -> list[Tensor]:
+        """Of each row with images, which of its visual tokens reached the end, (n,) int64 each."""
+        order, columns = visual.long().cumsum(1) - 1, self.columns.to(visual.device)
+        rows = [(order[b], visual[b], columns[b][columns[b] >= 0]) for b in range(visual.shape[0]) if visual[b].any()]
+        return [places[own[is_visual[own]]] for places, is_visual, own in rows]
+
     def _more_hooks(self) -> list[Any]:
         """Queries and keys of layers that score a drop behind them."""
         handles = []
@@ -243,8 +249,8 @@ class PromptRun(DecoderRun):
         self.columns = torch.cat([self.columns, torch.full_like(position, -1)], 1).gather(1, order)
         self.mask = torch.cat([self.mask, extras.mask], 1).gather(1, order)
         keep = torch.cat([keep, extras.mask], 1).gather(1, order)
-        both = torch.cat([hidden, extras.tokens.to(hidden.dtype)], 1)
-        return both.gather(1, order[..., None].expand(-1, -1, hidden.shape[2])), keep
+        both = torch.cat([hidden, extras.tokens.to(hidden)], 1)
+        return both.gather(1, order.to(hidden.device)[..., None].expand(-1, -1, hidden.shape[2])), keep
 
     def _scores(self, index: int, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
         """Attention of the query rows in the scoring layer, mean over heads and rows: (batch, width) float32."""
@@ -258,7 +264,8 @@ class PromptRun(DecoderRun):
             else:
                 made = self.seen.pop(scoring)
                 q, k, embeddings = made["q_proj"], made["k_proj"], made["embeddings"]
-            return attention_rows(layer.self_attn, q, k, embeddings, self.rows, self.mask)
+            scores = attention_rows(layer.self_attn, q, k, embeddings, self.rows, self.mask)
+            return scores.to(self.mask.device)  # layers may live on several devices
 
 
 def attention_rows(attention: Any, q: Tensor, k: Tensor, embeddings: Any, rows: Tensor, mask: Tensor) -> Tensor:
@@ -272,6 +279,7 @@ def attention_rows(attention: Any, q: Tensor, k: Tensor, embeddings: Any, rows: 
         mask: (batch, width) bool, False at padding.
     """
     batch, width = mask.shape
+    rows, mask = rows.to(q.device), mask.to(q.device)
     q, k = (t.unflatten(-1, (-1, attention.head_dim)) for t in (q, k))
     order = (~rows).to(torch.uint8).argsort(dim=1, stable=True)[:, : int(rows.sum(1).max())]
     chosen = rows.gather(1, order)
@@ -282,7 +290,7 @@ def attention_rows(attention: Any, q: Tensor, k: Tensor, embeddings: Any, rows: 
             q = norm(q)
         elif norm is not None:
             k = norm(k)
-    cos, sin = (t.expand(batch, -1, -1) for t in embeddings)
+    cos, sin = (t.to(q.device).expand(batch, -1, -1) for t in embeddings)
     rotate = sys.modules[type(attention).__module__].apply_rotary_pos_emb
     pick = order[..., None].expand(-1, -1, cos.shape[2])
     q, k = q.transpose(1, 2), k.transpose(1, 2)

@@ -27,7 +27,8 @@ class Pruning:
         choice: pruner of the vision side.
         decoder: pruner between layers of the decoder.
         compact: whether positions are counted anew.
-        kept: of the last call with images, the patches that each image kept (crops counted through; -1: no patch).
+        kept: of the last call with images, the patches that each image kept (crops counted through; -1: no patch); with
+            a pruner of the decoder, for each row with images, which of all its visual tokens reached the end.
     """
 
     choice: Choice
@@ -164,7 +165,7 @@ def forward_pruned(model: Any, stock: Callable[..., Any], given: dict[str, Any])
     if not seam.placeholders:
         return stock(model, **given)
     if pruning is not None and pruning.decoder is not None and _has_images(given, seam):
-        return _prompt_through_layers(model, stock, given, seam, pruning.decoder, past)
+        return _prompt_through_layers(model, stock, given, seam, pruning, past)
     images = None if pruning is None or pruning.choice.pruner is None else take_images(seam, pruning, given)
     if images is None and past is None:
         return stock(model, **given)
@@ -204,9 +205,11 @@ def _has_images(given: dict[str, Any], seam: Llava) -> bool:
 
 
 def _prompt_through_layers(
-    model: Any, stock: Callable[..., Any], given: dict[str, Any], seam: Llava, pruner: DecoderPruner, past: Past | None
+    model: Any, stock: Callable[..., Any], given: dict[str, Any], seam: Llava, pruning: Pruning, past: Past | None
 ) -> Any:
     """A prompt with images whose tokens are dropped between layers; the loss is that of those that reach the end."""
+    pruner = pruning.decoder
+    assert pruner is not None
     ids, labels = given.get("input_ids"), given.pop("labels", None)
     if past is not None or cached_tokens(given.get("past_key_values")):
         raise ConfigError(
@@ -227,6 +230,7 @@ def _prompt_through_layers(
     run = PromptRun(pruner, visual, prompt, decoder=seam.decoder, past=call.past, positions=positions, cache=cache)
     with run.hooked():
         outputs = stock(model, **given)
+    pruning.kept = run.kept(visual)
     if labels is not None:
         outputs = _with_loss(model, outputs, run.take_labels(labels), given)
     return _remembered(outputs, given, replace(call.past, stages=run.stages()) if run.stages() else None)

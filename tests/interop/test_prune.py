@@ -5,7 +5,8 @@ import copy
 import pytest
 import torch
 from torch.nn import functional as F
-from transformers import Dinov2WithRegistersConfig
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import CLIPVisionConfig, CLIPVisionModel, Dinov2WithRegistersConfig
 from vlm_tiny import IMAGE, PAD, PIXELS, SIZES, batch, llava, llava_next, paligemma, stir
 
 import mmkernels
@@ -187,6 +188,38 @@ def test_the_tower_stops_and_keeps_its_attention(model):
     seen = vit(tower).run(batch(ROWS)["pixel_values"], num_tokens=16, layers=(2,))
     assert torch.equal(seen.hidden[2], tower(batch(ROWS)["pixel_values"], output_hidden_states=True).hidden_states[-2])
     assert not any(at.query._forward_hooks or at.key._forward_hooks for at in vit(tower).projections)
+
+
+class Largest(TorchDispatchMode):
+    """The largest tensor that any operation makes."""
+
+    def __init__(self):
+        super().__init__()
+        self.numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        made = out if isinstance(out, tuple | list) else [out]
+        self.numel = max([self.numel, *(t.numel() for t in made if isinstance(t, torch.Tensor))])
+        return out
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["vtc_cls", "hiprune", "visionzip"])
+def test_no_map_of_attention_is_ever_made(name):
+    """256 patches: a map of 4 heads has 4 x 257 x 257 numbers, everything else of the tower fewer."""
+    vision = CLIPVisionConfig(**SIZES, image_size=64, patch_size=4)
+    model = CLIPVisionModel(vision).eval()
+    tower, pixels = vit(model), torch.randn(1, 3, 64, 64)
+    pruner = mmkernels.get_pruner(name, num_keep=40)
+    taps = pruner.taps(tower.encoder(2, (16, 16)))
+    with Largest() as seen:
+        tower.run(pixels, num_tokens=256, layers=(2,), taps=taps)
+    assert seen.numel <= 257 * 64 < 4 * 257 * 257
+    model.set_attn_implementation("eager")
+    with Largest() as seen:
+        model(pixels, output_attentions=True)
+    assert seen.numel == 4 * 257 * 257
 
 
 @torch.no_grad()
@@ -503,3 +536,58 @@ def test_every_pruner_generates_the_same_in_a_batch_and_alone(name, make):
             out = model.generate(**alone, **asked)
             assert torch.equal(out.sequences[0, -3:], together.sequences[i, -3:])
             torch.testing.assert_close(out.logits[0][0], together.logits[0][i], atol=1e-4, rtol=1e-3)
+
+
+@torch.no_grad()
+def test_models_that_accelerate_has_wrapped():
+    from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+
+    model, inputs = llava(), batch(ROWS)
+    stock = model(**inputs).logits
+    with mmkernels.prune(model, "vtc_cls", num_keep=5):
+        expected = model(**inputs).logits
+    for part in (model, model.model.vision_tower, model.model.language_model.layers[1]):
+        add_hook_to_module(part, AlignDevicesHook(execution_device="cpu", io_same_device=True))
+    with mmkernels.prune(model, "vtc_cls", num_keep=5):
+        assert torch.equal(model(**inputs).logits, expected)
+    with mmkernels.prune(model, "fastv", num_keep=5) as handle:
+        assert model(**inputs).logits.shape[1] < stock.shape[1]
+        assert [len(kept) for kept in handle.kept] == [5, 5]
+    assert torch.equal(model(**inputs).logits, stock)
+    other = llava()
+    other.forward = other.forward
+    with pytest.raises(ConfigError, match="Prune first"):
+        mmkernels.prune(other, "vtc_cls", num_keep=5)
+
+
+@torch.no_grad()
+def test_images_of_different_shapes_in_llava_next():
+    model = llava_next(text_layers=4)
+    sizes = torch.tensor([[40, 64], [64, 20], [32, 64]])
+    places = [16 + 4 * 7, 16 + 8 * 3, 16 + 4 * 9]  # 4 x 6, 8 x 2 and 4 x 8 patches, a newline a row
+    rows = [[1, 5, *[IMAGE] * places[0], 7, 8], [1, *[IMAGE] * places[1], 4, *[IMAGE] * places[2], 6], [1, 2, 3]]
+    inputs = batch(rows) | {"image_sizes": sizes}
+    inputs["pixel_values"] = torch.randn(3, 3, 3, 32, 32, generator=torch.Generator().manual_seed(2))
+    model(**inputs)  # the stock model agrees with these numbers
+    asked = {"max_new_tokens": 3, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    for name, options in (("vtc_cls", {"num_keep": 5, "scope": "global"}), ("fastv", {"num_keep": 6, "layer": 2})):
+        with mmkernels.prune(model, name, **options):
+            together = model.generate(**inputs, **asked)
+            for i, (row, part) in enumerate(zip(rows, (slice(0, 1), slice(1, 3), slice(3, 3)), strict=True)):
+                alone = batch([row])
+                if part.stop > part.start:
+                    alone |= {n: inputs[n][part] for n in ("pixel_values", "image_sizes")}
+                out = model.generate(**alone, **asked)
+                assert torch.equal(out.sequences[0, -3:], together.sequences[i, -3:])
+                torch.testing.assert_close(out.logits[0][0], together.logits[0][i], atol=1e-4, rtol=1e-3)
+
+
+@torch.no_grad()
+def test_tome_in_a_tower_that_ends_in_its_norm():
+    model, inputs = paligemma(), batch([[PICTURE, 1, 5, 6]])
+    types = torch.zeros_like(inputs["input_ids"])
+    stock = model(**inputs, token_type_ids=types).logits
+    with mmkernels.prune(model, "tome", keep_ratio=1.0):
+        assert torch.equal(model(**inputs, token_type_ids=types).logits, stock)
+    with mmkernels.prune(model, "tome", num_keep=10):
+        assert model(**inputs, token_type_ids=types).logits.shape[1] == stock.shape[1] - 6
