@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mmkernels._checks import Sizes, floating, integer, same_device, same_dtype
+from mmkernels._checks import Sizes, Verified, floating, integer, same_device, same_dtype
 from mmkernels._dispatch import NATIVE_PROBE, Backend, Op
 from mmkernels._gradients import untracked_transform
 from mmkernels.errors import ConfigError, DataError, DtypeError, ShapeError
@@ -33,6 +33,7 @@ def _op(name: str, key: str) -> Op:
 
 CLS_ATTENTION_SCORES = _op("cls_attention_scores", "k")
 PRUNE_TOKENS = _op("prune_tokens", "features")
+_verified = Verified()
 
 
 class PrunedTokens(NamedTuple):
@@ -107,6 +108,23 @@ def cls_attention_scores(
 
     Source: VTC-CLS, arXiv 2412.05819; checked against the formula in float64.
     """
+    seen = _verified.signature("scores", q, k, lse, num_prefix, accumulate)
+    if seen not in _verified:
+        _check_scores(q, k, lse, num_prefix, accumulate)
+        _verified.add(seen)
+    args = {
+        "q": q,
+        "k": k,
+        "lse": lse,
+        "scale": 1 / math.sqrt(q.shape[3]) if scale is None else float(scale),
+        "num_prefix": num_prefix,
+        "weight": float(weight),
+    }
+    scores: Tensor = CLS_ATTENTION_SCORES(backend, args)
+    return scores if accumulate is None else accumulate.add_(scores)
+
+
+def _check_scores(q: Tensor, k: Tensor, lse: Tensor | None, num_prefix: int, accumulate: Tensor | None) -> None:
     function = "cls_attention_scores"
     sizes = Sizes(function)
     sizes.bind("q", q, "batch rows nheads headdim", "One [CLS] row is q[:, :1].")
@@ -130,16 +148,6 @@ def cls_attention_scores(
     floating(function, q=q, k=k, lse=lse, accumulate=accumulate)
     same_dtype(function, q=q, k=k)
     same_device(function, q=q, k=k, lse=lse, accumulate=accumulate)
-    args = {
-        "q": q,
-        "k": k,
-        "lse": lse,
-        "scale": 1 / math.sqrt(sizes["headdim"]) if scale is None else float(scale),
-        "num_prefix": num_prefix,
-        "weight": float(weight),
-    }
-    scores: Tensor = CLS_ATTENTION_SCORES(backend, args)
-    return scores if accumulate is None else accumulate.add_(scores)
 
 
 def prune_tokens(
@@ -199,7 +207,10 @@ def prune_tokens(
 
     Source: the selection of VTC-CLS, arXiv 2412.05819; checked against the definition.
     """
-    _check_prune(features, scores, position_ids, mask, packed)
+    seen = _verified.signature("prune", features, scores, position_ids, mask, packed)
+    if seen not in _verified:
+        _check_prune(features, scores, position_ids, mask, packed)
+        _verified.add(seen)
     _refuse_nan(scores, mask)
     counts, width = keep_counts(scores, mask, num_keep, keep_ratio, keep_mass)
     total = None
