@@ -4,6 +4,7 @@ One class a family of models; what none of them knows cannot be pruned at the vi
 """
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
@@ -41,7 +42,11 @@ class Llava:
 
     def __init__(self, model: Any, core: Any):
         self.model, self.core, self.config = model, core, core.config
-        self.tower: Tower = vit(core.vision_tower)
+
+    @cached_property
+    def tower(self) -> Tower:
+        """What is scored and pruned; looked for when images come, not for every token of an answer."""
+        return vit(self.core.vision_tower)
 
     @property
     def image_token_id(self) -> int:
@@ -262,9 +267,10 @@ class Aki(Llava):
     plain_decoder = False
     merges = False
 
-    def __init__(self, model: Any, core: Any):
-        self.model, self.core, self.config = model, core, core.config
-        self.tower = resampler(core.resampler, 0)
+    @cached_property
+    def tower(self) -> Tower:
+        """The resampler; how many features it reads is known when they are there."""
+        return resampler(self.core.resampler, 0)
 
     def grid(self) -> tuple[int, int]:
         """All latents in a row."""
@@ -281,10 +287,10 @@ class Aki(Llava):
             return None
         given["pixel_values"] = None
         features = self.core.encode_images(pixels)
-        self.tower = resampler(self.core.resampler, features.shape[1])
+        tower = resampler(self.core.resampler, features.shape[1])
         taps = () if choice.pruner is None else choice.pruner.taps(self.encoder())
         count = self.config.num_vision_tokens
-        seen = self.tower.run(features, num_tokens=count, layers=self.layers(), taps=taps)
+        seen = tower.run(features, num_tokens=count, layers=self.layers(), taps=taps)
         latents = self.core.resampler.norm(seen.hidden[self.layers()[0]])
         pruned = self._prune(latents, latents[:, :0], 0, seen, choice, grid=self.grid())
         return [
@@ -309,11 +315,12 @@ class MLMamba(Llava):
     merges = False
     placeholders = False
 
-    def __init__(self, model: Any, core: Any):
-        self.model, self.core, self.config = model, core, core.config
-        towers = [vit(tower) for tower in core.vision_tower.towers]
-        first = next((tower for tower in towers if tower.num_prefix), towers[0])  # one with [CLS], to score by
-        self.tower = replace(first, module=core.vision_tower)
+    @cached_property
+    def tower(self) -> Tower:
+        """The first tower with [CLS], to score by; what is called is all of them."""
+        towers = [vit(tower) for tower in self.core.vision_tower.towers]
+        first = next((tower for tower in towers if tower.num_prefix), towers[0])
+        return replace(first, module=self.core.vision_tower)
 
     def grid(self) -> tuple[int, int]:
         """Patches of an image."""

@@ -7,6 +7,7 @@ import torch
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import CLIPVisionConfig, CLIPVisionModel, Dinov2WithRegistersConfig
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 from vlm_tiny import IMAGE, PAD, PIXELS, SIZES, batch, llava, llava_next, paligemma, stir
 
 import mmkernels
@@ -591,3 +592,17 @@ def test_tome_in_a_tower_that_ends_in_its_norm():
         assert torch.equal(model(**inputs, token_type_ids=types).logits, stock)
     with mmkernels.prune(model, "tome", num_keep=10):
         assert model(**inputs, token_type_ids=types).logits.shape[1] == stock.shape[1] - 6
+
+
+@torch.no_grad()
+def test_a_modality_mutual_model_reads_the_question_into_the_tokens_that_stay():
+    model = mmkernels.interop.make_modality_mutual(llava(), image_token_id=IMAGE, prompt_end_token_id=9)
+    inputs = batch(ROWS[:1])
+    with mmkernels.prune(model, "vtc_cls", num_keep=5) as handle:
+        got, kept = model(**inputs).logits, handle.kept[0]
+    features = model.model.get_image_features(inputs["pixel_values"]).pooler_output[0][kept]
+    encoded = {"image": BaseModelOutputWithPooling(pooler_output=[features])}
+    short = torch.tensor([[1, 5, *[IMAGE] * 5, 7, 8, 9]])
+    assert torch.equal(got, model(short, mm_encoder_outputs=encoded).logits)
+    embeds = by_hand(model, ROWS[0], [features])
+    assert (got - model(inputs_embeds=embeds).logits).abs().max() > 1e-3  # causal attention says something else

@@ -201,6 +201,20 @@ def test_a_conversation_goes_on(model):
             model(**batch([[4, PICTURE]]), past_key_values=cache)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["fastv", "pyramiddrop", "sparsevlm"])
+def test_beams_and_lookup(model, name):
+    inputs, asked = batch(ROWS[:2]), {"max_new_tokens": 5, "do_sample": False}
+    alone = batch(ROWS[:1]) | {"pixel_values": inputs["pixel_values"][:1]}
+    with mmkernels.prune(model, name, **({} if name == "pyramiddrop" else {"num_keep": 12})):
+        greedy, looked_up = (
+            model.generate(**alone, **asked, **o)[0, -5:] for o in ({}, {"prompt_lookup_num_tokens": 2})
+        )
+        assert torch.equal(greedy, looked_up)
+        beams = model.generate(**inputs, **asked, num_beams=3)
+        assert torch.equal(model.generate(**alone, **asked, num_beams=3)[0, -5:], beams[0, -5:])
+
+
 def test_labels_of_the_tokens_that_reach_the_end(model):
     inputs = batch(ROWS[:1], side="right")
     labels = torch.full_like(inputs["input_ids"], -100)
