@@ -1,11 +1,13 @@
-"""The `mmkernels` command: info, demo, generate, distill, convert, bench.  Plain argparse, heavy imports on demand."""
+"""The `mmkernels` command, in plain argparse; heavy imports on demand."""
 
 import argparse
+import ast
 import contextlib
 import dataclasses
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from mmkernels.errors import ConfigError, MMKernelsError
 
@@ -41,18 +43,22 @@ def _parser() -> argparse.ArgumentParser:
         choices=tuple(_DEMOS),
         default="linear",
         help="linear: a teacher is made linear; mma: images that read the question, against other ways of attending; "
-        "ml-mamba: a Mamba-2 model learns to see through a scan connector",
+        "ml-mamba: a Mamba-2 model learns to see through a scan connector; pruning: which visual tokens to keep",
     )
-    demo.add_argument("--out", type=Path, help="folder for what is written; default out, out/mma, out/ml_mamba")
+    demo.add_argument("--out", type=Path, help="folder for what is written; default out, or out/TASK for other tasks")
     demo.add_argument("--source", "--data", default="digits", help='"digits" or a folder with MNIST-format idx files')
     demo.add_argument("--labels", default="digits", help='names of the labels: "digits" or "fashion"')
     demo.add_argument("--seed", type=int, default=0)
     demo.add_argument("--quick", action="store_true", help="a tenth of the steps: a smoke test, not a result")
     demo.add_argument("--no-controls", action="store_true", help="leave out the two control models (--task linear)")
     demo.add_argument("--seeds", type=int, help="how many seeds, from --seed on (--task mma; default 1)")
-    demo.add_argument("--steps", type=int, help="training steps of every arm (mma), of each stage (ml-mamba)")
+    demo.add_argument(
+        "--steps", type=int, help="training steps: of every arm (mma), of each stage (ml-mamba), in all (pruning)"
+    )
     demo.add_argument("--arms", help="comma-separated: which arms (mma; default all), which connector (ml-mamba)")
     demo.set_defaults(run=_demo)
+
+    _add_prune(commands)
 
     generate = commands.add_parser("generate", help="ask a saved model about an image")
     generate.add_argument(
@@ -96,6 +102,29 @@ def _parser() -> argparse.ArgumentParser:
     command.add_arguments(bench)
     bench.set_defaults(run=command.bench)
     return parser
+
+
+def _add_prune(commands: Any) -> None:
+    prune = commands.add_parser("prune", help="draw which patches of an image a pruner of visual tokens keeps")
+    prune.add_argument("--image", type=Path, required=True, help="any image file")
+    prune.add_argument("--show", type=Path, required=True, help="picture to write: kept patches lit, the others dark")
+    prune.add_argument(
+        "--model",
+        type=Path,
+        default=Path("out/pruning/model"),
+        help="folder of a saved LLaVA or vision tower (CLIP, SigLIP, ViT, DINOv2) with its image processor; "
+        "default: what `mmkernels demo --task pruning` saved",
+    )
+    prune.add_argument("--method", default="vtc_cls", help="name of a pruner, e.g. vtc_cls, divprune, random")
+    prune.add_argument("--num-keep", type=int, help="patches to keep; default a quarter")
+    prune.add_argument("--keep-ratio", type=float, help="or the share of them")
+    prune.add_argument(
+        "--option", action="append", default=[], metavar="NAME=VALUE", help="of the pruner, e.g. num_layers=7"
+    )
+    prune.add_argument(
+        "--feature-layer", type=int, default=-2, help="of a bare tower: which hidden state is handed on (default -2)"
+    )
+    prune.set_defaults(run=_prune)
 
 
 def _info(arguments: argparse.Namespace) -> int:
@@ -175,6 +204,24 @@ def _demo_mma(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _demo_pruning(arguments: argparse.Namespace) -> int:
+    from mmkernels.demo.pruning import PruningSettings, run_pruning_demo
+
+    steps = PruningSettings.steps if arguments.steps is None else arguments.steps
+    settings = PruningSettings(
+        out=arguments.out or PruningSettings.out,
+        source=arguments.source,
+        label_words=arguments.labels,
+        seed=arguments.seed,
+        steps=max(1, round(0.05 * steps)) if arguments.quick else steps,
+        questions=50 if arguments.quick else PruningSettings.questions,
+        kept=(18, 9) if arguments.quick else PruningSettings.kept,
+        random_seeds=1 if arguments.quick else PruningSettings.random_seeds,
+    )
+    run_pruning_demo(settings)
+    return 0
+
+
 def _demo_linear(arguments: argparse.Namespace) -> int:
     from mmkernels.demo import DemoSettings, run_demo
 
@@ -190,6 +237,31 @@ def _demo_linear(arguments: argparse.Namespace) -> int:
         controls=not arguments.no_controls,
     )
     run_demo(settings)
+    return 0
+
+
+def _prune(arguments: argparse.Namespace) -> int:
+    from mmkernels.interop.prune_show import show
+    from mmkernels.pruning import get_pruner
+
+    options: dict[str, Any] = {}
+    for text in arguments.option:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise ConfigError(f"prune: option must be NAME=VALUE; got {text!r}. For example num_layers=7.")
+        try:
+            options[name] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            options[name] = value  # a word, such as score_source=column
+    given = {"num_keep": arguments.num_keep, "keep_ratio": arguments.keep_ratio}
+    budget = {name: value for name, value in given.items() if value is not None}
+    if not budget and not {"keep_mass", "r"} & set(options):
+        budget = {"keep_ratio": 0.25}
+    pruner = get_pruner(arguments.method, **budget, **options)
+    kept, patches = show(
+        arguments.model, arguments.image, arguments.show, pruner, feature_layer=arguments.feature_layer
+    )
+    print(f"{pruner!r} keeps {kept} of {patches} patches; wrote {arguments.show}")
     return 0
 
 
@@ -285,6 +357,7 @@ _DEMOS: dict[str, tuple[Callable[[argparse.Namespace], int], tuple[str, ...]]] =
     "linear": (_demo_linear, ("--no-controls",)),
     "mma": (_demo_mma, ("--seeds", "--steps", "--arms")),
     "ml-mamba": (_demo_ml_mamba, ("--steps", "--arms")),
+    "pruning": (_demo_pruning, ("--steps",)),
 }
 _CONVERTERS = {
     "mmmamba": _convert_mmmamba,
