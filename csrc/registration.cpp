@@ -37,6 +37,37 @@ STABLE_TORCH_LIBRARY(mmkernels, m) {
       "-> (Tensor grad_x, Tensor grad_dt, Tensor grad_A, Tensor grad_B, Tensor grad_C, Tensor grad_D, Tensor grad_z, "
       "Tensor grad_dt_bias, Tensor grad_initial_states)");
 
+  // Several scans of a grid, tensors (batch, scans, seqlen, ...), orders (scans, seqlen): the token each step reads.
+  m.def(
+      "ssd_scan_2d(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? dt_bias, Tensor orders, "
+      "bool dt_softplus, float dt_low, float dt_high, int chunk_size) -> Tensor");
+  m.def(
+      "ssd_scan_2d_fwd(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? dt_bias, Tensor orders, "
+      "bool dt_softplus, float dt_low, float dt_high, int chunk_size) -> Tensor");
+  m.def(
+      "ssd_scan_2d_bwd(Tensor grad_y, Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? dt_bias, "
+      "Tensor orders, bool dt_softplus, float dt_low, float dt_high, int chunk_size) -> (Tensor grad_x, Tensor grad_dt, "
+      "Tensor grad_A, Tensor grad_B, Tensor grad_C, Tensor grad_D, Tensor grad_dt_bias)");
+  m.def(
+      "conv_ssd_scan_2d(Tensor xBC, Tensor dt, Tensor conv_weight, Tensor? conv_bias, Tensor A, Tensor? D, "
+      "Tensor? dt_bias, Tensor orders, int headdim, int ngroups, bool silu, bool dt_softplus, float dt_low, "
+      "float dt_high, int chunk_size) -> Tensor");
+  m.def(
+      "causal_conv1d_2d(Tensor x, Tensor weight, Tensor? bias, Tensor orders, bool silu) -> Tensor");
+  m.def(
+      "causal_conv1d_2d_fwd(Tensor x, Tensor weight, Tensor? bias, Tensor orders, bool silu) -> Tensor");
+  m.def(
+      "causal_conv1d_2d_bwd(Tensor grad_y, Tensor x, Tensor weight, Tensor? bias, Tensor orders, bool silu) "
+      "-> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias)");
+  m.def(
+      "merged_gated_rms_norm(Tensor y, Tensor weight, Tensor? z, float eps, int group_size, bool mean) -> Tensor");
+  m.def(
+      "merged_gated_rms_norm_fwd(Tensor y, Tensor weight, Tensor? z, float eps, int group_size, bool mean) "
+      "-> (Tensor out, Tensor rstd)");
+  m.def(
+      "merged_gated_rms_norm_bwd(Tensor grad_out, Tensor y, Tensor weight, Tensor? z, Tensor rstd, float eps, "
+      "int group_size, bool mean) -> (Tensor grad_y, Tensor grad_weight, Tensor grad_z)");
+
   // Attention over an interval of keys per row, and rectangles (batch, q0, q1, k0, k1).
   m.def(
       "mma_attention(Tensor q, Tensor k, Tensor v, Tensor row_start, Tensor row_end, Tensor rects, "

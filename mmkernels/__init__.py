@@ -27,8 +27,9 @@ _PUBLIC = {
     "mmkernels.ops.mma_attention.mask": ("MMAMask", "mma_mask"),
     "mmkernels.ops.mma_attention.spans": ("build_mutual_spans", "check_no_label_leak"),
     "mmkernels.ops.mamba2_step.api": ("mamba2_step",),
-    "mmkernels.ops.scan2d.api": ("causal_conv1d_2d", "merged_gated_rms_norm", "ssd_scan_2d"),
+    "mmkernels.ops.scan2d.api": ("causal_conv1d_2d", "conv_ssd_scan_2d", "ssd_scan_2d"),
     "mmkernels.ops.scan2d.crossing": ("cross_merge", "cross_scan"),
+    "mmkernels.ops.scan2d.merge": ("merged_gated_rms_norm",),
     "mmkernels.ops.scan2d.orders": ("scan_permutation",),
     "mmkernels.ops.ssd.api": ("ssd_scan", "ssd_update"),
     "mmkernels.ops.token_pruning.api": ("PrunedTokens", "cls_attention_scores", "prune_tokens"),
@@ -66,10 +67,11 @@ if TYPE_CHECKING:
     from mmkernels.ops.mma_attention.spans import build_mutual_spans as build_mutual_spans
     from mmkernels.ops.mma_attention.spans import check_no_label_leak as check_no_label_leak
     from mmkernels.ops.scan2d.api import causal_conv1d_2d as causal_conv1d_2d
-    from mmkernels.ops.scan2d.api import merged_gated_rms_norm as merged_gated_rms_norm
+    from mmkernels.ops.scan2d.api import conv_ssd_scan_2d as conv_ssd_scan_2d
     from mmkernels.ops.scan2d.api import ssd_scan_2d as ssd_scan_2d
     from mmkernels.ops.scan2d.crossing import cross_merge as cross_merge
     from mmkernels.ops.scan2d.crossing import cross_scan as cross_scan
+    from mmkernels.ops.scan2d.merge import merged_gated_rms_norm as merged_gated_rms_norm
     from mmkernels.ops.scan2d.orders import scan_permutation as scan_permutation
     from mmkernels.ops.ssd.api import ssd_scan as ssd_scan
     from mmkernels.ops.ssd.api import ssd_update as ssd_update

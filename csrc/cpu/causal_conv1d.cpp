@@ -40,7 +40,9 @@ struct Task {
   const T* before;      // (width - 1) rows of n: the positions -(width - 1) ... -1
   const T* zeros;
 
-  int64_t token(int64_t position) const { return piece.origin + a.step * position; }
+  int64_t token(int64_t position) const {
+    return a.order == nullptr ? piece.origin + a.step * position : a.order[position];
+  }
   const T* input(int64_t position) const {
     if (position < 0) return piece.initial < 0 ? zeros : before + (position + a.width - 1) * n;
     return static_cast<const T*>(a.x.data) + piece.row * a.x.row + token(position) * a.x.token + at;

@@ -2,7 +2,7 @@
 //
 // A run is an unbroken stretch of tokens that taps do not leave: a whole row of the batch, one packed sequence, or equal
 // ids side by side.  Positions count its tokens in scan order (backwards in time with step -1); positions -1, -2, ... are
-// the states before it, oldest state = position -(width - 1).
+// the states before it, oldest state = position -(width - 1).  With an order, position p is token order[p].
 #pragma once
 
 #include <cstdint>
@@ -46,6 +46,7 @@ inline constexpr int64_t kConvPieceTokens = 64;
 struct CausalConv1d {
   Storage storage;
   int64_t dim, width, step;
+  const int64_t* order = nullptr;
   const ConvPiece* pieces;
   int64_t piece_count;
   bool silu;

@@ -11,7 +11,7 @@ namespace mmkernels {
 // Where the state that enters a chunk comes from.
 enum class SsdEntry : int32_t { zero, carried, initial };
 
-// A stretch of tokens of one sequence, in scan order: tokens token, token + direction, ...
+// A stretch of tokens of one sequence, in scan order: tokens token, token + direction, ...; with an order: of positions.
 struct SsdChunk {
   int64_t token;
   int32_t length;
@@ -39,7 +39,9 @@ struct Ssd {
   int64_t rows, most_chunks, chunk_tokens;  // most_chunks of any row, most tokens of any chunk
   const SsdRow* row;
   const SsdChunk* chunk;
-  int64_t direction;  // +1, or -1: reverse
+  int64_t direction;     // +1, or -1: reverse
+  const int64_t* order = nullptr;  // the token at each position of the scan, direction then +1; null: positions are tokens
+  int64_t batch_tokens;  // tokens between two elements of the batch in the outputs: seqlen, or more in a wider tensor
   int64_t head_blocks;  // tasks that share the heads of a group
   SsdIn x, B, C, z;     // z.data null: no gate
   SsdIn dt;             // [A], width 1
@@ -49,8 +51,18 @@ struct Ssd {
   const void* initial;  // [A] (rows, heads, headdim, dstate), or null: zeros
 };
 
+// A causal convolution over the positions of a row that makes x out of what is stored there, channel by channel.
+struct SsdConvolution {
+  int64_t width = 0;           // 0: none, x is read as it is
+  int64_t channels = 0;        // of a row of taps
+  const void* taps = nullptr;  // [A] (width, channels), the last row multiplies the token itself; head h from h headdim on
+  const void* bias = nullptr;  // [A] (channels,), or null
+  bool silu = false;
+};
+
 struct SsdForward : Ssd {
-  void* y;           // (batch, seqlen, heads, headdim), dense
+  SsdConvolution conv;  // rows must be whole, with an order
+  void* y;           // (batch, seqlen, heads, headdim), dense but for batch_tokens
   bool y_arithmetic;  // y is [A]
   void* final;       // [A] like initial, or null: not wanted
 };
@@ -59,8 +71,8 @@ struct SsdBackward : Ssd {
   SsdIn grad_y;
   const void* grad_final;  // [A] like initial, or null: zeros
   const void* y;           // [A] before the gate, dense; null without z
-  void *grad_x, *grad_z;   // dense
-  void* grad_dt;           // [A] dense
+  void *grad_x, *grad_z;   // like y
+  void* grad_dt;           // [A] like y
   // (batch, seqlen, groups, dstate) in `storage`; with several head blocks [A], one such tensor a block: sum_blocks().
   void *grad_B, *grad_C;
   int64_t block_stride;  // elements between those

@@ -146,8 +146,10 @@ struct Backward {
   }
 
   void load_weighted_x(const SsdChunk& chunk, int64_t batch, int64_t head) {
-    const T* from = head_of<T>(a.x, batch, chunk.token, head);
-    for (int64_t t = 0; t < chunk.length; ++t, from += a.x.token * a.direction) {
+    const T* rows = head_of<T>(a.x, batch, head);
+    const Walk token(a, chunk);
+    for (int64_t t = 0; t < chunk.length; ++t) {
+      const T* from = rows + token[t] * a.x.token;
       const V dt(decays.dt[t]), left(decays.left[t]);
       for_lanes<V>(a.headdim, [&](int64_t i, auto lanes) {
         (V::load(from + i, lanes) * dt * left).store(weighted_x + t * width + i);
@@ -156,8 +158,10 @@ struct Backward {
   }
 
   void load_x(const SsdChunk& chunk, int64_t batch, int64_t head) {
-    const T* from = head_of<T>(a.x, batch, chunk.token, head);
-    for (int64_t t = 0; t < chunk.length; ++t, from += a.x.token * a.direction) {
+    const T* rows = head_of<T>(a.x, batch, head);
+    const Walk token(a, chunk);
+    for (int64_t t = 0; t < chunk.length; ++t) {
+      const T* from = rows + token[t] * a.x.token;
       const V dt(decays.dt[t]), left(decays.left[t]);
       for_lanes<V>(a.headdim, [&](int64_t i, auto lanes) {
         const V value = V::load(from + i, lanes), stepped = value * dt;
@@ -216,17 +220,18 @@ struct Backward {
 
   // dY, times silu(z) where there is a gate, whose gradient is stored here.
   void load_dy(const SsdChunk& chunk, int64_t batch, int64_t head) {
-    const T* from = head_of<T>(a.grad_y, batch, chunk.token, head);
-    const T* gate = a.z.data == nullptr ? nullptr : head_of<T>(a.z, batch, chunk.token, head);
-    const int64_t at = dense(a, batch, chunk.token, head, a.heads, a.headdim);
+    const T* from = head_of<T>(a.grad_y, batch, head);
+    const T* gates = a.z.data == nullptr ? nullptr : head_of<T>(a.z, batch, head);
+    const Walk token(a, chunk);
     for (int64_t t = 0; t < chunk.length; ++t) {
       const V grown(decays.grown[t]);
-      const T* grad = from + t * a.grad_y.token * a.direction;
-      const int64_t out = at + t * a.direction * a.heads * a.headdim;
+      const T* grad = from + token[t] * a.grad_y.token;
+      const T* gate = gates == nullptr ? nullptr : gates + token[t] * a.z.token;
+      const int64_t out = dense(a, batch, token[t], head, a.heads, a.headdim);
       for_lanes<V>(a.headdim, [&](int64_t i, auto lanes) {
         V value = V::load(grad + i, lanes);
         if (gate != nullptr) {
-          const V z = V::load(gate + t * a.z.token * a.direction + i, lanes), s = sigmoid(z);
+          const V z = V::load(gate + i, lanes), s = sigmoid(z);
           const V y = V::load(static_cast<const A*>(a.y) + out + i, lanes);
           (value * y * s * fma(z, V(A(1)) - s, V(A(1)))).store(static_cast<T*>(a.grad_z) + out + i, lanes);
           value = value * z * s;
@@ -295,8 +300,9 @@ struct Backward {
     const A* skips = static_cast<const A*>(a.D);
     const A* skip = skips != nullptr && a.D_per_channel ? skips + head * a.headdim : nullptr;
     const V same(skips != nullptr && !a.D_per_channel ? skips[head] : A(0));
-    T* to = static_cast<T*>(a.grad_x) + dense(a, batch, chunk.token, head, a.heads, a.headdim);
-    for (int64_t t = 0; t < chunk.length; ++t, to += a.direction * a.heads * a.headdim) {
+    const Walk token(a, chunk);
+    for (int64_t t = 0; t < chunk.length; ++t) {
+      T* to = static_cast<T*>(a.grad_x) + dense(a, batch, token[t], head, a.heads, a.headdim);
       const V dt(decays.dt[t]);
       for_lanes<V>(a.headdim, [&](int64_t i, auto lanes) {
         V value = dt * V::load(du + t * width + i);
@@ -365,9 +371,9 @@ struct Backward {
       w[k] = static_cast<A>(static_cast<double>(x_du[k]) + rate * grad_fall);
     }
     for (int64_t k = 0; k < chunk.length; k += V::size) through_step(k).store(w + k);
-    A* to = static_cast<A*>(a.grad_dt) + dense(a, batch, chunk.token, head, a.heads, 1);
-    for (int64_t k = 0; k < chunk.length; ++k, to += a.direction * a.heads) {
-      *to = w[k];
+    const Walk token(a, chunk);
+    for (int64_t k = 0; k < chunk.length; ++k) {
+      static_cast<A*>(a.grad_dt)[dense(a, batch, token[k], head, a.heads, 1)] = w[k];
       grad_bias[h] += static_cast<double>(w[k]);
     }
   }
@@ -418,9 +424,10 @@ struct Backward {
   // from null: zeros.
   template <class Out>
   void store_keys(const Unit& unit, const SsdChunk& chunk, const A* from, void* out) {
-    Out* to = static_cast<Out*>(out) + unit.block * a.block_stride +
-              dense(a, unit.row->batch, chunk.token, unit.group, a.groups, a.dstate);
-    for (int64_t t = 0; t < chunk.length; ++t, to += a.direction * a.groups * a.dstate) {
+    const Walk token(a, chunk);
+    for (int64_t t = 0; t < chunk.length; ++t) {
+      Out* to = static_cast<Out*>(out) + unit.block * a.block_stride +
+                dense(a, unit.row->batch, token[t], unit.group, a.groups, a.dstate);
       for_lanes<V>(a.dstate, [&](int64_t i, auto lanes) {
         (from == nullptr ? V() : V::load(from + t * keys.row + i)).store(to + i, lanes);
       });
@@ -431,7 +438,7 @@ struct Backward {
     for (int64_t h = 0; h < unit.heads; ++h) {
       empty[h] = true;
       for (int64_t t = 0; t < chunk.length; ++t) {
-        const int64_t token = chunk.token + t * a.direction, head = unit.first_head + h;
+        const int64_t token = Walk(a, chunk)[t], head = unit.first_head + h;
         const int64_t at = dense(a, unit.row->batch, token, head, a.heads, a.headdim);
         clear(static_cast<T*>(a.grad_x) + at, a.headdim);
         if (a.z.data != nullptr) clear(static_cast<T*>(a.grad_z) + at, a.headdim);

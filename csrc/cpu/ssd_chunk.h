@@ -42,8 +42,18 @@ inline int64_t unit_grain(const Ssd& a) {
   return grain > 0 ? grain : 1;
 }
 
-template <class T> MMK_INLINE const T* head_of(const SsdIn& in, int64_t batch, int64_t token, int64_t head) {
-  return static_cast<const T*>(in.data) + batch * in.batch + token * in.token + head * in.head;
+// The tokens of a chunk, in scan order.
+struct Walk {
+  const int64_t* order;
+  int64_t first, step;
+  Walk(const Ssd& a, const SsdChunk& chunk)
+      : order(a.order == nullptr ? nullptr : a.order + chunk.token), first(chunk.token), step(a.direction) {}
+  MMK_INLINE int64_t operator[](int64_t t) const { return order == nullptr ? first + t * step : order[t]; }
+};
+
+// Token 0 of a head; token t lies t in.token further on.
+template <class T> MMK_INLINE const T* head_of(const SsdIn& in, int64_t batch, int64_t head) {
+  return static_cast<const T*>(in.data) + batch * in.batch + head * in.head;
 }
 
 // Step sizes and decays of one chunk and head.  Rows of `tokens` padded to whole vectors.
@@ -61,9 +71,10 @@ struct Decays {
   void compute(const Ssd& a, const SsdChunk& chunk, int64_t batch, int64_t head) {
     using V = Vec<A>;
     const A bias = a.dt_bias == nullptr ? A(0) : static_cast<const A*>(a.dt_bias)[head];
-    const A* from = head_of<A>(a.dt, batch, chunk.token, head);
-    const int64_t step = a.dt.token * a.direction, count = chunk.length, whole = padded<A>(count);
-    for (int64_t i = 0; i < count; ++i) pre[i] = from[i * step] + bias;
+    const A* from = head_of<A>(a.dt, batch, head);
+    const Walk token(a, chunk);
+    const int64_t count = chunk.length, whole = padded<A>(count);
+    for (int64_t i = 0; i < count; ++i) pre[i] = from[token[i] * a.dt.token] + bias;
     for (int64_t i = count; i < whole; ++i) pre[i] = A(0);
     for (int64_t i = 0; i < whole; i += V::size) {
       const V v = V::load(pre + i), d = a.softplus ? softplus(v) : v;
@@ -121,6 +132,15 @@ MMK_INLINE void pack(const T* from, int64_t step, int64_t tokens, int64_t width,
   }
 }
 
+// The tokens of a chunk, of one head or group.
+template <class A, class T>
+MMK_INLINE void pack(const SsdIn& in, const T* from, const Walk& token, int64_t tokens, int64_t width, A* to, int64_t to_row) {
+  for (int64_t t = 0; t < tokens; ++t, to += to_row) {
+    const T* row = from + token[t] * in.token;
+    for_lanes<Vec<A>>(width, [&](int64_t i, auto lanes) { Vec<A>::load(row + i, lanes).store(to + i); });
+  }
+}
+
 // B and C of one chunk and group, and all the products B_j . C_i with i >= j.
 template <class A>
 struct Keys {
@@ -134,12 +154,12 @@ struct Keys {
 
   template <class T>
   void load_B(const Ssd& a, const SsdChunk& chunk, int64_t batch, int64_t group) {
-    pack(head_of<T>(a.B, batch, chunk.token, group), a.B.token * a.direction, chunk.length, a.dstate, B, row);
+    pack(a.B, head_of<T>(a.B, batch, group), Walk(a, chunk), chunk.length, a.dstate, B, row);
   }
   template <class T>
   void load(const Ssd& a, const SsdChunk& chunk, int64_t batch, int64_t group) {
     load_B<T>(a, chunk, batch, group);
-    pack(head_of<T>(a.C, batch, chunk.token, group), a.C.token * a.direction, chunk.length, a.dstate, C, row);
+    pack(a.C, head_of<T>(a.C, batch, group), Walk(a, chunk), chunk.length, a.dstate, C, row);
     transpose(C, row, chunk.length, a.dstate, transposed, pair_row);
     Product<A> p{chunk.length, chunk.length, a.dstate, B, row, 1, transposed, pair_row, scores, pair_row};
     p.upper = true;
@@ -155,9 +175,9 @@ template <class A> MMK_INLINE A* state_of(const Ssd& a, void* states, int64_t in
   return static_cast<A*>(states) + (index * a.heads + head) * a.headdim * a.dstate;
 }
 
-// Elements of an output (batch, seqlen, heads, width), dense, before this token and head.
+// Elements of an output (batch, seqlen, heads, width) before this token and head.
 MMK_INLINE int64_t dense(const Ssd& a, int64_t batch, int64_t token, int64_t head, int64_t heads, int64_t width) {
-  return ((batch * a.seqlen + token) * heads + head) * width;
+  return ((batch * a.batch_tokens + token) * heads + head) * width;
 }
 
 template <class T> MMK_INLINE void clear(T* to, int64_t count) {

@@ -2,6 +2,7 @@
 //
 // A task owns some heads of one group of one row and walks its chunks in scan order.  The states stay in cache all the
 // way, as [dstate][headdim]; x is read once, y written once, and C B^T is shared by the task's heads.
+#include "cpu/conv_rows.h"
 #include "cpu/ssd_chunk.h"
 
 namespace mmkernels::MMK_ISA_NS {
@@ -19,18 +20,22 @@ struct Forward {
   Decays<A> decays;
   A *x, *weighted_x, *weights, *y, *states;
   bool* empty;  // of each head: its state is zero
+  const T** taken;  // the rows that a convolution reads
+  T* nothing;       // and what it reads before the first token
 
   Forward(Arena& arena, const SsdForward& call)
       : a(call), width(padded<A>(a.headdim)), keys(arena, a), decays(arena, keys.pair_row),
         x(arena.take<A>(a.chunk_tokens * width)), weighted_x(arena.take<A>(a.chunk_tokens * width)),
         weights(arena.take<A>(a.chunk_tokens * keys.pair_row)), y(arena.take<A>(a.chunk_tokens * width)),
-        states(arena.take<A>(most_heads() * a.dstate * width)), empty(arena.take<bool>(most_heads())) {}
+        states(arena.take<A>(most_heads() * a.dstate * width)), empty(arena.take<bool>(most_heads())),
+        taken(arena.take<const T*>(a.conv.width + kRowsAtOnce)), nothing(arena.take<T>(a.headdim)) {}
 
   int64_t most_heads() const { return (a.heads / a.groups + a.head_blocks - 1) / a.head_blocks; }
   A* state(int64_t h) const { return states + h * a.dstate * width; }
 
   void run(const Unit& unit) {
     const SsdRow& row = *unit.row;
+    if (a.conv.width > 0) clear(nothing, a.headdim);
     for (int64_t h = 0; h < unit.heads; ++h) enter(unit, h, row.begin == row.end || a.chunk[row.begin].entry == SsdEntry::initial);
     for (int64_t c = row.begin; c < row.end; ++c) {
       const SsdChunk& chunk = a.chunk[c];
@@ -83,16 +88,51 @@ struct Forward {
 
   // x, and e^{s_T - s_j} dt_j x_j where the leaving state needs it.
   void load_x(const SsdChunk& chunk, int64_t batch, int64_t head, bool leaves) {
-    const T* from = head_of<T>(a.x, batch, chunk.token, head);
-    const int64_t step = a.x.token * a.direction;
-    if (!leaves) return pack(from, step, chunk.length, a.headdim, x, width);
-    for (int64_t t = 0; t < chunk.length; ++t, from += step) {
+    const T* from = head_of<T>(a.x, batch, head);
+    const Walk token(a, chunk);
+    if (a.conv.width > 0) return convolve_x(chunk, from, head, leaves);
+    if (!leaves) return pack(a.x, from, token, chunk.length, a.headdim, x, width);
+    for (int64_t t = 0; t < chunk.length; ++t) {
       const V weight(decays.left[t] * decays.dt[t]);
+      const T* row = from + token[t] * a.x.token;
+      fetch_next(row);
       for_lanes<V>(a.headdim, [&](int64_t i, auto lanes) {
-        const V value = V::load(from + i, lanes);
+        const V value = V::load(row + i, lanes);
         value.store(x + t * width + i);
         (value * weight).store(weighted_x + t * width + i);
       });
+    }
+  }
+
+  // The next head's part of a row, which is too short and too far from the last for the processor to guess.
+  MMK_INLINE void fetch_next(const T* row) const {
+    constexpr int64_t line = 64 / static_cast<int64_t>(sizeof(T));
+    for (int64_t i = 0; i < a.headdim; i += line) __builtin_prefetch(row + a.x.head + i);
+  }
+
+  // The same for x that a convolution makes: a few rows at a time, which stay in registers and L1.
+  void convolve_x(const SsdChunk& chunk, const T* from, int64_t head, bool leaves) {
+    const SsdConvolution& c = a.conv;
+    const int64_t at = head * a.headdim;
+    const Taps<A> taps{static_cast<const A*>(c.taps) + at, c.channels, c.width};
+    const A* bias = c.bias == nullptr ? nullptr : static_cast<const A*>(c.bias) + at;
+    const auto rows = [&](int64_t t, auto count) {
+      constexpr int R = decltype(count)::value;
+      for (int64_t k = 0; k < R + c.width - 1; ++k) {
+        const int64_t position = chunk.token + t + k - (c.width - 1);
+        taken[k] = position < 0 ? nothing : from + a.order[position] * a.x.token;
+      }
+      A* out[R];
+      for (int r = 0; r < R; ++r) out[r] = x + (t + r) * width, fetch_next(taken[r + c.width - 1]);
+      convolve<R>(taken, taps, bias, c.silu, out, a.headdim);
+    };
+    int64_t t = 0;
+    for (; t + kRowsAtOnce <= chunk.length; t += kRowsAtOnce) rows(t, Constant<kRowsAtOnce>{});
+    for (; t < chunk.length; ++t) rows(t, Constant<1>{});
+    if (!leaves) return;
+    for (t = 0; t < chunk.length; ++t) {
+      const V weight(decays.left[t] * decays.dt[t]);
+      for (int64_t i = 0; i < a.headdim; i += V::size) (V::load(x + t * width + i) * weight).store(weighted_x + t * width + i);
     }
   }
 
@@ -116,14 +156,15 @@ struct Forward {
   template <class Y>
   void store_y(const SsdChunk& chunk, int64_t batch, int64_t head) {
     const A* skip = a.D_per_channel ? static_cast<const A*>(a.D) + head * a.headdim : nullptr;
-    const T* gate = a.z.data == nullptr ? nullptr : head_of<T>(a.z, batch, chunk.token, head);
-    Y* to = static_cast<Y*>(a.y) + dense(a, batch, chunk.token, head, a.heads, a.headdim);
-    const int64_t step = a.direction * a.heads * a.headdim, gate_step = a.direction * a.z.token;
-    for (int64_t t = 0; t < chunk.length; ++t, to += step) {
+    const T* gates = a.z.data == nullptr ? nullptr : head_of<T>(a.z, batch, head);
+    const Walk token(a, chunk);
+    for (int64_t t = 0; t < chunk.length; ++t) {
+      Y* to = static_cast<Y*>(a.y) + dense(a, batch, token[t], head, a.heads, a.headdim);
+      const T* gate = gates == nullptr ? nullptr : gates + token[t] * a.z.token;
       for_lanes<V>(a.headdim, [&](int64_t i, auto lanes) {
         V value = V::load(y + t * width + i);
         if (skip != nullptr) value = fma(V::load(skip + i, lanes), V::load(x + t * width + i), value);
-        if (gate != nullptr) value = value * silu(V::load(gate + t * gate_step + i, lanes));
+        if (gate != nullptr) value = value * silu(V::load(gate + i, lanes));
         value.store(to + i, lanes);
       });
     }
@@ -131,7 +172,7 @@ struct Forward {
 
   void pad(const SsdChunk& chunk, int64_t batch, int64_t head) {
     for (int64_t t = 0; t < chunk.length; ++t) {
-      const int64_t at = dense(a, batch, chunk.token + t * a.direction, head, a.heads, a.headdim);
+      const int64_t at = dense(a, batch, Walk(a, chunk)[t], head, a.heads, a.headdim);
       a.y_arithmetic ? clear(static_cast<A*>(a.y) + at, a.headdim) : clear(static_cast<T*>(a.y) + at, a.headdim);
     }
   }

@@ -9,6 +9,7 @@
 
 #include "common/integers.h"
 #include "common/tensor.h"
+#include "ops/scan_orders.h"
 
 namespace mmkernels {
 
@@ -209,6 +210,67 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_y, const 
           grad_initial};
 }
 
+// ---- scans of a grid: x (batch, scans, seqlen, dim), parameters with a leading dimension of scans -----------------------
+
+// The inputs of direction k: nothing is permuted, and x may be expanded over the directions.
+Inputs direction(int64_t k, const Tensor& x, const Tensor& weight, const MaybeTensor& bias, bool silu) {
+  const auto of = [&](const Tensor& tensor, int64_t dim) { return torch::stable::select(tensor, dim, k); };
+  return Inputs(of(x, 1), of(weight, 0), bias ? MaybeTensor(of(*bias, 0)) : MaybeTensor(), {}, {}, {}, silu, false);
+}
+
+void check_directions(const Orders& orders, const Tensor& x, const Tensor& weight, const MaybeTensor& bias) {
+  STD_TORCH_CHECK(x.dim() == 4 && x.size(1) == orders.count && x.size(2) == orders.length,
+                  "causal_conv1d_2d: x must be (batch, scans, seqlen, dim), orders (scans, seqlen)");
+  STD_TORCH_CHECK(weight.dim() == 3 && weight.size(0) == orders.count && (!bias || bias->size(0) == orders.count),
+                  "causal_conv1d_2d: parameters must have one slice a scan");
+}
+
+Tensor forward_2d(const Tensor& x, const Tensor& weight, const MaybeTensor& bias, const Tensor& orders_, bool silu) {
+  const Orders orders("causal_conv1d_2d", orders_);
+  check_directions(orders, x, weight, bias);
+  Tensor y = empty(sizes_of(x), x.scalar_type());
+  for (int64_t k = 0; k < orders.count; ++k) {
+    const Inputs inputs = direction(k, x, weight, bias, silu);
+    CausalConv1dForward call;
+    inputs.fill(call);
+    call.order = orders[k];
+    call.y = tokens_out(torch::stable::select(y, 1, k));
+    causal_conv1d_fwd(call);
+  }
+  return y;
+}
+
+std::tuple<Tensor, Tensor, Tensor> backward_2d(const Tensor& grad_y, const Tensor& x, const Tensor& weight,
+                                               const MaybeTensor& bias, const Tensor& orders_, bool silu) {
+  const Orders orders("causal_conv1d_2d", orders_);
+  check_directions(orders, x, weight, bias);
+  check_same(grad_y, x, "grad_y");
+  const Tensor grads = dense_channels(grad_y);
+  Tensor grad_x = empty(sizes_of(x), x.scalar_type()), grad_weight = empty(sizes_of(weight), weight.scalar_type());
+  Tensor grad_bias = empty(bias ? sizes_of(*bias) : std::vector<int64_t>{0}, bias ? bias->scalar_type() : weight.scalar_type());
+  for (int64_t k = 0; k < orders.count; ++k) {
+    const Inputs inputs = direction(k, x, weight, bias, silu);
+    CausalConv1dBackward call;
+    inputs.fill(call);
+    call.order = orders[k];
+    call.grad_y = tokens_in(torch::stable::select(grads, 1, k));
+    call.grad_x = tokens_out(torch::stable::select(grad_x, 1, k));
+    call.blocks = causal_conv1d_blocks(call.piece_count);
+    Tensor sums = empty({call.blocks, inputs.width + 1, call.dim}, inputs.arithmetic);
+    call.sums = sums.mutable_data_ptr();
+    causal_conv1d_bwd(call);
+    Tensor first = torch::stable::select(sums, 0, 0);
+    const auto keep = [&](const Tensor& all, const Tensor& sum) {
+      Tensor row = torch::stable::select(all, 0, k);
+      torch::stable::copy_(row, sum);
+    };
+    Tensor taps = torch::stable::narrow(first, 0, 0, inputs.width);
+    keep(grad_weight, torch::stable::transpose(taps, 0, 1));
+    if (bias) keep(grad_bias, torch::stable::select(first, 0, inputs.width));
+  }
+  return {grad_x, grad_weight, grad_bias};
+}
+
 Tensor update(const Tensor& x_, Tensor conv_state, const Tensor& weight, const MaybeTensor& bias,
               const MaybeTensor& state_indices, bool silu) {
   STD_TORCH_CHECK(x_.dim() == 2 || x_.dim() == 3, "causal_conv1d_update: x must be (batch, [seqlen,] dim)");
@@ -255,6 +317,9 @@ STABLE_TORCH_LIBRARY_IMPL(mmkernels, CPU, m) {
   m.impl("causal_conv1d", TORCH_BOX(&forward));
   m.impl("causal_conv1d_fwd", TORCH_BOX(&forward));
   m.impl("causal_conv1d_bwd", TORCH_BOX(&backward));
+  m.impl("causal_conv1d_2d", TORCH_BOX(&forward_2d));
+  m.impl("causal_conv1d_2d_fwd", TORCH_BOX(&forward_2d));
+  m.impl("causal_conv1d_2d_bwd", TORCH_BOX(&backward_2d));
   m.impl("causal_conv1d_update", TORCH_BOX(&update));
 }
 

@@ -13,8 +13,9 @@ from mmkernels._checks import Sizes
 from mmkernels.errors import ShapeError
 from mmkernels.layers import _mixing
 from mmkernels.layers.norm import GatedRMSNorm
-from mmkernels.ops.scan2d.api import causal_conv1d_2d, merged_gated_rms_norm, ssd_scan_2d
+from mmkernels.ops.scan2d.api import conv_ssd_scan_2d
 from mmkernels.ops.scan2d.crossing import check_reduction
+from mmkernels.ops.scan2d.merge import merged_gated_rms_norm
 from mmkernels.ops.scan2d.orders import parse_scan
 
 
@@ -133,24 +134,14 @@ class MultiDirectionalMamba2(nn.Module):
         sizes.bind("u", u, "batch seqlen d_model")
         height, width = grid
         z, xBC, dt = self.in_proj(u).split([self.d_inner, self.conv_dim, self.nheads], dim=-1)
-        xBC = causal_conv1d_2d(
+        y = conv_ssd_scan_2d(
             xBC,
-            self.conv_weight,
-            self.conv_bias,
-            scans=self.scans,
-            height=height,
-            width=width,
-            activation="silu",
-        )
-        keys = self.ngroups * self.d_state
-        x, B, C = xBC.split([self.d_inner, keys, keys], dim=-1)
-        groups = (self.ngroups, self.d_state)
-        y = ssd_scan_2d(
-            x.unflatten(-1, (self.nheads, self.headdim)),
             dt,
+            self.conv_weight,
             -torch.exp(self.A_log.to(torch.promote_types(self.A_log.dtype, torch.float32))),
-            B.unflatten(-1, groups),
-            C.unflatten(-1, groups),
+            conv_bias=self.conv_bias,
+            headdim=self.headdim,
+            ngroups=self.ngroups,
             scans=self.scans,
             height=height,
             width=width,

@@ -9,6 +9,7 @@ import mmkernels.ops.gated_rms_norm.api
 import mmkernels.ops.mamba2_step.api
 import mmkernels.ops.mma_attention.api
 import mmkernels.ops.scan2d.api
+import mmkernels.ops.scan2d.merge
 import mmkernels.ops.ssd.api
 import mmkernels.ops.token_pruning.api
 import mmkernels.ops.token_pruning.merging

@@ -104,6 +104,47 @@ def _conv_views(generator: torch.Generator) -> Args:
     return {**made, "x": wide[..., 3:9]}
 
 
+def conv_ssd_2d_inputs(
+    generator: torch.Generator,
+    batch: int,
+    grid: tuple[int, int],
+    heads: int,
+    headdim: int,
+    groups: int,
+    dstate: int,
+    scans: Sequence[str],
+    *,
+    own: str = "",
+    taps: int = 4,
+    bias: bool = True,
+    **rest: Any,
+) -> Args:
+    """Keyword arguments of conv_ssd_scan_2d in float64."""
+    made = ssd_2d_inputs(generator, batch, grid, heads, headdim, groups, dstate, scans, own=own, **rest)
+    dim = heads * headdim + 2 * groups * dstate
+    filters = conv_2d_inputs(generator, batch, grid, dim, taps, scans, own="xBC" in own, bias=bias)
+    for name in ("x", "B", "C"):
+        del made[name]
+    return {
+        **made,
+        "xBC": filters["x"],
+        "conv_weight": filters["weight"],
+        "conv_bias": filters["bias"],
+        "headdim": headdim,
+        "ngroups": groups,
+    }
+
+
+def _conv_ssd(*sizes: Any, **rest: Any) -> Build:
+    return lambda generator: conv_ssd_2d_inputs(generator, *sizes, **rest)
+
+
+def _conv_ssd_views(generator: torch.Generator) -> Args:
+    made = conv_ssd_2d_inputs(generator, 2, (3, 2), 2, 3, 1, 4, CROSS)
+    wide = torch.randn(2, 6, 2 + 14 + 3, generator=generator, dtype=torch.float64)
+    return {**made, "xBC": wide[..., 2:16], "dt": wide[..., 17:]}
+
+
 def norm_inputs(
     generator: torch.Generator, batch: int, count: int, length: int, dim: int, *, gate: bool = True, **rest: Any
 ) -> Args:
@@ -156,6 +197,18 @@ register_cases(
             ("pieces", _conv(2, (9, 15), 40, 4, CROSS, activation="silu"), False),
             ("empty-seqlen", _conv(2, (3, 0), 4, 4, BOTH_WAYS), False),
             ("empty-batch", _conv(0, (2, 3), 4, 4, CROSS), False),
+        )
+    ),
+    *(
+        Case("conv_ssd_scan_2d", name, build, small=small, summands=2 * 135 if name == "chunks" else 0)
+        for name, build, small in (
+            ("views", _conv_ssd_views, False),
+            ("own", _conv_ssd(1, (2, 3), 2, 3, 2, 2, BOTH_WAYS, own="xBC dt", taps=3, bias=False, D="channel"), True),
+            ("linear", _conv_ssd(1, (3, 3), 2, 2, 1, 3, ("hilbert",), activation=None, D=""), False),
+            ("wide-short", _conv_ssd(1, (1, 2), 2, 5, 1, 2, BOTH_WAYS, taps=5), False),
+            ("chunks", _conv_ssd(2, (9, 15), 4, 20, 2, 8, (*CROSS, "window:4")), False),
+            ("empty-seqlen", _conv_ssd(2, (0, 3), 2, 4, 1, 2, BOTH_WAYS), False),
+            ("empty-batch", _conv_ssd(0, (2, 3), 2, 4, 1, 2, CROSS), False),
         )
     ),
     *(

@@ -53,7 +53,7 @@ void scan(Storage storage, const Sizes& s, Packing packing, bool reverse, bool e
   f.seqlen = s.seqlen, f.heads = s.heads, f.groups = s.groups, f.headdim = s.headdim, f.dstate = s.dstate;
   f.rows = rows, f.most_chunks = plan.most_chunks, f.chunk_tokens = plan.chunk_tokens;
   f.row = plan.rows.data(), f.chunk = plan.chunks.data();
-  f.direction = reverse ? -1 : 1;
+  f.direction = reverse ? -1 : 1, f.batch_tokens = s.seqlen;
   f.head_blocks = blocks;
   f.x = dense(x.data(), s.seqlen, s.heads, s.headdim);
   f.B = dense(B.data(), s.seqlen, s.groups, s.dstate), f.C = dense(C.data(), s.seqlen, s.groups, s.dstate);

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mmkernels.ops.causal_conv1d import _torch as conv_torch
 from mmkernels.ops.gated_rms_norm import _torch as norm_torch
-from mmkernels.ops.scan2d.orders import Scan, order_of
+from mmkernels.ops.scan2d.orders import Scan, heads_and_keys, order_of
 from mmkernels.ops.ssd import _torch as ssd_torch
 
 
@@ -116,6 +116,53 @@ def causal_conv1d_2d(
     return torch.stack(ys, dim=1)
 
 
+def conv_ssd_scan_2d(
+    *,
+    xBC: Tensor,
+    dt: Tensor,
+    conv_weight: Tensor,
+    A: Tensor,
+    headdim: int,
+    ngroups: int,
+    conv_bias: Tensor | None,
+    activation: str | None,
+    D: Tensor | None,
+    dt_bias: Tensor | None,
+    scans: tuple[Scan, ...],
+    height: int,
+    width: int,
+    dt_softplus: bool,
+    dt_limit: tuple[float, float],
+    chunk_size: int | None,
+) -> Tensor:
+    """`mmkernels.conv_ssd_scan_2d`: one part after the other."""
+    convolved = causal_conv1d_2d(
+        x=xBC,
+        weight=conv_weight,
+        bias=conv_bias,
+        scans=scans,
+        height=height,
+        width=width,
+        activation=activation,
+    )
+    x, B, C = heads_and_keys(convolved, A.shape[1], headdim, ngroups)
+    return ssd_scan_2d(
+        x=x,
+        dt=dt,
+        A=A,
+        B=B,
+        C=C,
+        D=D,
+        dt_bias=dt_bias,
+        scans=scans,
+        height=height,
+        width=width,
+        dt_softplus=dt_softplus,
+        dt_limit=dt_limit,
+        chunk_size=chunk_size,
+    )
+
+
 def merged_gated_rms_norm(
     *, y: Tensor, weight: Tensor, z: Tensor | None, eps: float, group_size: int, reduction: str
 ) -> Tensor:
@@ -131,3 +178,63 @@ def merged_gated_rms_norm(
         norm_before_gate=False,
     )
     return (normed.mean(1) if reduction == "mean" else normed.sum(1)).to(y.dtype)
+
+
+def scan_by_orders(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    dt_bias: Tensor | None,
+    *,
+    orders: Tensor,
+    dt_softplus: bool,
+    dt_limit: tuple[float, float],
+    chunk_size: int | None,
+) -> Tensor:
+    """`ssd_scan_2d` of tensors (batch, K, seqlen, ...) along any permutations: what native gradients differentiate."""
+    ys = []
+    for k, order in enumerate(orders.unbind(0)):
+        y = ssd_torch.ssd_scan(
+            x=x[:, k].index_select(1, order),
+            dt=dt[:, k].index_select(1, order),
+            A=A[k],
+            B=B[:, k].index_select(1, order),
+            C=C[:, k].index_select(1, order),
+            D=None if D is None else D[k],
+            z=None,
+            dt_bias=None if dt_bias is None else dt_bias[k],
+            dt_softplus=dt_softplus,
+            dt_limit=dt_limit,
+            initial_states=None,
+            seq_idx=None,
+            cu_seqlens=None,
+            chunk_size=chunk_size,
+            reverse=False,
+            return_final_states=False,
+        )
+        assert isinstance(y, Tensor)  # no final states were asked for
+        ys.append(torch.zeros_like(y).index_copy(1, order, y))
+    return torch.stack(ys, dim=1)
+
+
+def convolve_by_orders(x: Tensor, weight: Tensor, bias: Tensor | None, *, orders: Tensor, silu: bool) -> Tensor:
+    """`causal_conv1d_2d` of x (batch, K, seqlen, dim) along any permutations: what native gradients differentiate."""
+    ys = []
+    for k, order in enumerate(orders.unbind(0)):
+        y = conv_torch.causal_conv1d(
+            x=x[:, k].index_select(1, order),
+            weight=weight[k],
+            bias=None if bias is None else bias[k],
+            activation="silu" if silu else None,
+            initial_states=None,
+            seq_idx=None,
+            cu_seqlens=None,
+            reverse=False,
+            return_final_states=False,
+        )
+        assert isinstance(y, Tensor)  # no final states were asked for
+        ys.append(torch.zeros_like(y).index_copy(1, order, y))
+    return torch.stack(ys, dim=1)

@@ -1,6 +1,6 @@
-"""Public functions ssd_scan_2d, causal_conv1d_2d and merged_gated_rms_norm: signatures, validation, dispatch.
+"""Public functions ssd_scan_2d, causal_conv1d_2d and conv_ssd_scan_2d: signatures, validation, dispatch.
 
-The three parts of a state-space mixer that reads a grid in several directions (Vim, VMamba, ML-Mamba).
+The parts of a state-space mixer that reads a grid in several directions (Vim, VMamba, ML-Mamba); the merge is merge.py.
 """
 
 import math
@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from mmkernels._checks import Sizes, floating, same_device, same_dtype
-from mmkernels._dispatch import Backend, Op
+from mmkernels._dispatch import NATIVE_PROBE, Backend, Op
+from mmkernels._gradients import untracked_transform
 from mmkernels.errors import ConfigError, DtypeError, ShapeError
-from mmkernels.ops.scan2d.crossing import check_reduction
 from mmkernels.ops.scan2d.orders import parse_scans
 
 # The integer 0 on purpose: torch.compile(dynamic=True) makes float defaults symbolic and then traces everything twice.
@@ -20,21 +20,23 @@ _NO_LIMIT = (0, math.inf)
 _HERE = "mmkernels.ops.scan2d"
 
 
-def _op(name: str, key: str) -> Op:
+def scan_op(name: str, key: str, module: str = "api") -> Op:
+    """An op of this folder, with the backends that all of them have."""
     return Op(
         name,
         key=key,
-        public=f"{_HERE}.api.{name}",
+        public=f"{_HERE}.{module}.{name}",
         backends=[
+            Backend("native", f"{_HERE}._native:{name}", ("cpu",), untracked_transform, NATIVE_PROBE),
             Backend("torch", f"{_HERE}._torch:{name}"),
             Backend("reference", f"{_HERE}.reference:{name}"),
         ],
     )
 
 
-SSD_SCAN_2D = _op("ssd_scan_2d", "x")
-CAUSAL_CONV1D_2D = _op("causal_conv1d_2d", "x")
-MERGED_GATED_RMS_NORM = _op("merged_gated_rms_norm", "y")
+SSD_SCAN_2D = scan_op("ssd_scan_2d", "x")
+CAUSAL_CONV1D_2D = scan_op("causal_conv1d_2d", "x")
+CONV_SSD_SCAN_2D = scan_op("conv_ssd_scan_2d", "xBC")
 
 
 def ssd_scan_2d(
@@ -114,29 +116,10 @@ def ssd_scan_2d(
     _bind(sizes, "x", x, "seqlen nheads headdim")
     parsed = parse_scans(function, scans, height, width, sizes["seqlen"])
     _bind(sizes, "dt", dt, "seqlen nheads")
-    sizes.bind("A", A, "scans nheads", "Every direction has rates of its own.")
     _bind(sizes, "B", B, "seqlen ngroups dstate")
     _bind(sizes, "C", C, "seqlen ngroups dstate")
     sizes.divides("ngroups", "nheads", "Head h reads group h * ngroups // nheads of B and C.")
-    if D is not None:
-        per_channel = isinstance(D, Tensor) and D.dim() == 3
-        sizes.bind("D", D, "scans nheads headdim" if per_channel else "scans nheads", "D has one row per direction.")
-    if dt_bias is not None:
-        sizes.bind("dt_bias", dt_bias, "scans nheads", "Every direction has a bias of its own.")
-    if not isinstance(dt_limit, (tuple, list)) or len(dt_limit) != 2:
-        raise DtypeError(
-            f"{function}: dt_limit must be a pair of numbers (low, high); got {dt_limit!r}. "
-            "Use (0.0, float('inf')) for no limit."
-        )
-    if not 0.0 <= dt_limit[0] <= dt_limit[1]:
-        raise ShapeError(
-            f"{function}: dt_limit must satisfy 0 <= low <= high; got {tuple(dt_limit)}. "
-            "A negative step size would make the state grow; use (0.0, float('inf')) for no limit."
-        )
-    if chunk_size is not None and chunk_size < 1:
-        raise ShapeError(
-            f"{function}: chunk_size must be at least 1; got {chunk_size}. Leave it out for the backend's choice."
-        )
+    _check_scan(sizes, A, D, dt_bias, dt_limit, chunk_size)
     floating(function, x=x, dt=dt, A=A, D=D, dt_bias=dt_bias)
     same_dtype(function, x=x, B=B, C=C)
     same_device(function, x=x, dt=dt, A=A, B=B, C=C, D=D, dt_bias=dt_bias)
@@ -213,17 +196,7 @@ def causal_conv1d_2d(
     sizes.set(scans=len(scans))
     _bind(sizes, "x", x, "seqlen dim")
     parsed = parse_scans(function, scans, height, width, sizes["seqlen"])
-    sizes.bind("weight", weight, "scans dim taps", "Every direction has filters of its own.")
-    if weight.shape[2] < 1:
-        raise ShapeError(
-            f"{function}: weight must have at least one tap; got {tuple(weight.shape)}. Widen its filters."
-        )
-    if bias is not None:
-        sizes.bind("bias", bias, "scans dim")
-    if activation not in (None, "silu"):
-        raise ConfigError(
-            f"{function}: activation must be None or 'silu'; got {activation!r}. Apply others afterwards."
-        )
+    _check_filters(sizes, "weight", weight, "bias", bias, "dim", activation)
     floating(function, x=x, weight=weight, bias=bias)
     same_device(function, x=x, weight=weight, bias=bias)
     args = {
@@ -239,80 +212,167 @@ def causal_conv1d_2d(
     return y
 
 
-def merged_gated_rms_norm(
-    y: Tensor,
-    weight: Tensor,
+def conv_ssd_scan_2d(
+    xBC: Tensor,
+    dt: Tensor,
+    conv_weight: Tensor,
+    A: Tensor,
     *,
-    z: Tensor | None = None,
-    eps: float = 1e-5,
-    group_size: int | None = None,
-    reduction: str = "mean",
+    headdim: int,
+    scans: Sequence[str],
+    height: int,
+    width: int,
+    ngroups: int = 1,
+    conv_bias: Tensor | None = None,
+    activation: str | None = "silu",
+    D: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    dt_softplus: bool = False,
+    dt_limit: tuple[float, float] = _NO_LIMIT,
+    chunk_size: int | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    r"""Gate and normalise what several directions made of a token, and merge it, in one pass.
+    r"""Convolve and scan a grid of tokens in several directions: `causal_conv1d_2d`, then `ssd_scan_2d`, as one op.
 
-    $$o = c \sum_{k=1}^{K} \mathrm{norm}(y_k \cdot \mathrm{silu}(z)) \cdot w, \qquad
-      \mathrm{norm}(v) = v / \sqrt{\mathrm{mean}(v^2) + \varepsilon}$$
+    $$[x_k | B_k | C_k] = \mathrm{act}(\mathrm{conv}_k(xBC \circ \pi_k)), \qquad
+      y_k \circ \pi_k = \mathrm{SSD}_k(x_k,\ dt \circ \pi_k,\ B_k,\ C_k)$$
 
-    with c = 1 / K (mean) or 1 (sum).  (Mamba-2, section 7, for each direction, then ML-Mamba's average.)
+    (Mamba-2, section 7, along the orders of VMamba, section 4.3.)  For inference the native kernel convolves x as it
+    reads it, so that no direction's x, B, C exists in memory.
 
     Args:
-        y: (batch, K, seqlen, dim), one slice for each direction, all in raster order, any strides.
-        weight: (dim,), or (group_size,) shared by every group.
-        z: (batch, seqlen, dim) the gate, common to all directions, or None.
-        eps: added to the mean square.
-        group_size: consecutive channels normalised together; must divide dim.  None: all of dim.
-        reduction: "mean" or "sum" over the directions.
+        xBC: (batch, seqlen, conv_dim) read by every direction, or (batch, K, seqlen, conv_dim); channels are
+            [x: nheads * headdim | B: ngroups * dstate | C: ngroups * dstate], tokens in raster order.
+        dt: (batch, [K,] seqlen, nheads) step sizes, before bias and softplus.
+        conv_weight: (K, conv_dim, taps), conv_weight[..., -1] multiplies the current token.
+        A: (K, nheads) decay rates, <= 0.
+        headdim: channels of a head.
+        scans: K kinds of `scan_permutation`.
+        height: rows of the grid.
+        width: columns of the grid.
+        ngroups: groups of heads that share B and C; divides nheads.
+        conv_bias: (K, conv_dim), or None.
+        activation: of the convolution, None or "silu".
+        D: (K, nheads) or (K, nheads, headdim) skip weight.
+        dt_bias: (K, nheads) added to dt before softplus.
+        dt_softplus: apply softplus to dt + dt_bias.
+        dt_limit: smallest and largest step size after softplus, 0 <= low <= high.
+        chunk_size: tokens per chunk; a matter of speed only.
         backend: run on this backend or raise; default: the first able one.
 
     Returns:
-        (batch, seqlen, dim) in the dtype of y.
+        (batch, K, seqlen, nheads, headdim), raster order, in the dtype of xBC.
 
     Raises:
-        ConfigError: an unknown reduction.
-        ShapeError: sizes disagree, no direction, or group_size does not divide dim.
-        DtypeError: a dtype outside the four.
+        ConfigError: an unknown scan or activation.
+        ShapeError: sizes disagree, or conv_dim is not nheads * headdim + 2 * ngroups * dstate for any dstate.
+        DtypeError: a dtype is not supported.
         DeviceError: the tensors live on different devices.
+        BackendError: the named backend cannot run the call.
 
-    Numerics: everything in float32 (float64 for float64), rounded once on output; directions are added first to last.
-    Cost: one read of y and z and one write.
+    Numerics:
+        Those of the two ops.  For inference the native kernel keeps the convolved x in float32; otherwise it is
+        rounded to the dtype of xBC between them.
+
+    Cost:
+        K times convolution and scan.  Memory: the outputs and, for inference, one direction's B and C.
 
     Example:
         >>> import torch, mmkernels
-        >>> y, z = torch.randn(2, 4, 9, 8), torch.randn(2, 9, 8)
-        >>> mmkernels.merged_gated_rms_norm(y, torch.ones(8), z=z).shape
-        torch.Size([2, 9, 8])
+        >>> xBC, dt, A = torch.randn(1, 12, 4 * 16 + 2 * 8), torch.rand(1, 12, 4), -torch.ones(2, 4)
+        >>> where = {"scans": ("raster", "column"), "height": 3, "width": 4}
+        >>> mmkernels.conv_ssd_scan_2d(xBC, dt, torch.randn(2, 80, 4), A, headdim=16, **where).shape
+        torch.Size([1, 2, 12, 4, 16])
 
-    Source: gated_rms_norm per direction; ML-Mamba, arXiv 2407.19832; checked against the formula in float64.
+    Source:
+        Mamba-2 (arXiv 2405.21060) and VMamba (2401.10166); checked against its two parts, in float64.
     """
-    function = "merged_gated_rms_norm"
+    function = "conv_ssd_scan_2d"
     sizes = Sizes(function)
-    sizes.bind("y", y, "batch scans seqlen dim", "It holds one slice for each direction.")
-    if sizes["scans"] < 1:
-        raise ShapeError(f"{function}: y must hold at least one direction; got {tuple(y.shape)}. Give it one scan.")
-    sizes.set(group_size=sizes["dim"] if group_size is None else group_size)
-    sizes.divides("group_size", "dim", "Groups are equal slices of the channels.")
-    if z is not None:
-        sizes.bind("z", z, "batch seqlen dim", "The gate is common to all directions.")
-    shared = isinstance(weight, Tensor) and tuple(weight.shape) == (sizes["group_size"],)
-    sizes.bind(
-        "weight", weight, "group_size" if shared else "dim", "One weight per channel, or one per channel of a group."
-    )
-    check_reduction(function, reduction)
-    floating(function, y=y, weight=weight, z=z)
-    same_device(function, y=y, weight=weight, z=z)
-    if eps < 0:
-        raise ShapeError(f"{function}: eps must be >= 0; got {eps}. The mean square plus eps goes under a root.")
+    sizes.set(scans=len(scans))
+    _bind(sizes, "xBC", xBC, "seqlen conv_dim")
+    parsed = parse_scans(function, scans, height, width, sizes["seqlen"])
+    _bind(sizes, "dt", dt, "seqlen nheads")
+    sizes.set(headdim=headdim, ngroups=ngroups)
+    keys = sizes["conv_dim"] - sizes["nheads"] * headdim
+    if headdim < 1 or ngroups < 1 or keys < 2 * ngroups or keys % (2 * ngroups) != 0:
+        raise ShapeError(
+            f"{function}: xBC must have nheads * headdim + 2 * ngroups * dstate channels; got {sizes['conv_dim']} with "
+            f"nheads={sizes['nheads']}, headdim={headdim}, ngroups={ngroups}. Its channels are [x | B | C]."
+        )
+    _check_filters(sizes, "conv_weight", conv_weight, "conv_bias", conv_bias, "conv_dim", activation)
+    _check_scan(sizes, A, D, dt_bias, dt_limit, chunk_size)
+    floating(function, xBC=xBC, dt=dt, conv_weight=conv_weight, conv_bias=conv_bias, A=A, D=D, dt_bias=dt_bias)
+    same_device(function, xBC=xBC, dt=dt, conv_weight=conv_weight, conv_bias=conv_bias, A=A, D=D, dt_bias=dt_bias)
     args = {
-        "y": y,
-        "weight": weight,
-        "z": z,
-        "eps": eps,
-        "group_size": sizes["group_size"],
-        "reduction": reduction,
+        "xBC": xBC,
+        "dt": dt,
+        "conv_weight": conv_weight,
+        "A": A,
+        "headdim": headdim,
+        "ngroups": ngroups,
+        "conv_bias": conv_bias,
+        "activation": activation,
+        "D": D,
+        "dt_bias": dt_bias,
+        "scans": parsed,
+        "height": height,
+        "width": width,
+        "dt_softplus": dt_softplus,
+        "dt_limit": dt_limit,
+        "chunk_size": chunk_size,
     }
-    out: Tensor = MERGED_GATED_RMS_NORM(backend, args)
-    return out
+    y: Tensor = CONV_SSD_SCAN_2D(backend, args)
+    return y
+
+
+def _check_scan(
+    sizes: Sizes,
+    A: Tensor,
+    D: Tensor | None,
+    dt_bias: Tensor | None,
+    dt_limit: tuple[float, float],
+    chunk_size: int | None,
+) -> None:
+    """What every direction of a scan has for itself, and the options of all."""
+    sizes.divides("ngroups", "nheads", "Head h reads group h * ngroups // nheads of B and C.")
+    sizes.bind("A", A, "scans nheads", "Every direction has rates of its own.")
+    if D is not None:
+        per_channel = isinstance(D, Tensor) and D.dim() == 3
+        sizes.bind("D", D, "scans nheads headdim" if per_channel else "scans nheads", "D has one row per direction.")
+    if dt_bias is not None:
+        sizes.bind("dt_bias", dt_bias, "scans nheads", "Every direction has a bias of its own.")
+    if not isinstance(dt_limit, (tuple, list)) or len(dt_limit) != 2:
+        raise DtypeError(
+            f"{sizes.function}: dt_limit must be a pair of numbers (low, high); got {dt_limit!r}. "
+            "Use (0.0, float('inf')) for no limit."
+        )
+    if not 0.0 <= dt_limit[0] <= dt_limit[1]:
+        raise ShapeError(
+            f"{sizes.function}: dt_limit must satisfy 0 <= low <= high; got {tuple(dt_limit)}. "
+            "A negative step size would make the state grow; use (0.0, float('inf')) for no limit."
+        )
+    if chunk_size is not None and chunk_size < 1:
+        raise ShapeError(
+            f"{sizes.function}: chunk_size must be at least 1; got {chunk_size}. Leave it out for the backend's choice."
+        )
+
+
+def _check_filters(
+    sizes: Sizes, name: str, weight: Tensor, bias_name: str, bias: Tensor | None, dim: str, activation: str | None
+) -> None:
+    """Filters and biases of every direction, at least one tap, a known activation."""
+    sizes.bind(name, weight, f"scans {dim} taps", "Every direction has filters of its own.")
+    if weight.shape[2] < 1:
+        raise ShapeError(
+            f"{sizes.function}: {name} must have at least one tap; got {tuple(weight.shape)}. Widen its filters."
+        )
+    if bias is not None:
+        sizes.bind(bias_name, bias, f"scans {dim}", "Every direction has biases of its own.")
+    if activation not in (None, "silu"):
+        raise ConfigError(
+            f"{sizes.function}: activation must be None or 'silu'; got {activation!r}. Apply others afterwards."
+        )
 
 
 def _bind(sizes: Sizes, name: str, value: Tensor, rest: str) -> None:

@@ -133,6 +133,25 @@ def order_of(scan: Scan, height: int, width: int, device: torch.device | str) ->
     return torch.tensor(_cells(scan.kind, scan.window, scan.reverse, height, width), dtype=torch.int64, device=device)
 
 
+_known_orders: dict[tuple[tuple[Scan, ...], int, int], Tensor] = {}
+
+
+def orders_of(scans: tuple[Scan, ...], height: int, width: int) -> Tensor:
+    """The permutations of several scans as one (K, seqlen) int64 tensor on the CPU, remembered; do not write to it."""
+    if torch.compiler.is_compiling():
+        return torch.stack([order_of(scan, height, width, "cpu") for scan in scans])
+    key = (scans, height, width)
+    if key not in _known_orders:
+        if len(_known_orders) >= 256:
+            _known_orders.clear()
+        with torch.inference_mode(False):  # so that autograd may save it later
+            made = torch.stack([order_of(scan, height, width, "cpu") for scan in scans])
+        if type(made) is not Tensor:  # a fake one, made while somebody traces without torch.compile
+            return made
+        _known_orders[key] = made
+    return _known_orders[key]
+
+
 @torch.compiler.assume_constant_result  # a compiler need not trace the path, only know it
 def _cells(kind: str, window: int, reverse: bool, height: int, width: int) -> list[int]:
     return _remembered_cells(kind, window, reverse, height, width)
@@ -214,3 +233,12 @@ _PATHS = {
     "hilbert": _hilbert,
     "window": _window,
 }
+
+
+def heads_and_keys(xBC: Tensor, nheads: int, headdim: int, ngroups: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The channels [x | B | C] as heads and groups."""
+    inner = nheads * headdim
+    keys = (xBC.shape[-1] - inner) // 2
+    x, B, C = xBC.split([inner, keys, keys], dim=-1)
+    groups = (ngroups, keys // ngroups)
+    return x.unflatten(-1, (nheads, headdim)), B.unflatten(-1, groups), C.unflatten(-1, groups)

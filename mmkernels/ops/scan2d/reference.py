@@ -8,7 +8,7 @@ from torch import Tensor
 
 from mmkernels.ops.causal_conv1d import reference as conv_reference
 from mmkernels.ops.gated_rms_norm import reference as norm_reference
-from mmkernels.ops.scan2d.orders import Scan, order_of
+from mmkernels.ops.scan2d.orders import Scan, heads_and_keys, order_of
 from mmkernels.ops.ssd import reference as ssd_reference
 
 
@@ -89,6 +89,53 @@ def causal_conv1d_2d(
         assert isinstance(y, Tensor)  # no final states were asked for
         ys.append(torch.zeros_like(y).index_copy(1, order, y))
     return torch.stack(ys, dim=1)
+
+
+def conv_ssd_scan_2d(
+    *,
+    xBC: Tensor,
+    dt: Tensor,
+    conv_weight: Tensor,
+    A: Tensor,
+    headdim: int,
+    ngroups: int,
+    conv_bias: Tensor | None,
+    activation: str | None,
+    D: Tensor | None,
+    dt_bias: Tensor | None,
+    scans: tuple[Scan, ...],
+    height: int,
+    width: int,
+    dt_softplus: bool,
+    dt_limit: tuple[float, float],
+    chunk_size: int | None,
+) -> Tensor:
+    """`mmkernels.conv_ssd_scan_2d`: one part after the other."""
+    convolved = causal_conv1d_2d(
+        x=xBC,
+        weight=conv_weight,
+        bias=conv_bias,
+        scans=scans,
+        height=height,
+        width=width,
+        activation=activation,
+    )
+    x, B, C = heads_and_keys(convolved, A.shape[1], headdim, ngroups)
+    return ssd_scan_2d(
+        x=x,
+        dt=dt,
+        A=A,
+        B=B,
+        C=C,
+        D=D,
+        dt_bias=dt_bias,
+        scans=scans,
+        height=height,
+        width=width,
+        dt_softplus=dt_softplus,
+        dt_limit=dt_limit,
+        chunk_size=chunk_size,
+    )
 
 
 def merged_gated_rms_norm(
