@@ -15,7 +15,8 @@ from mmkernels.errors import ConfigError
 from mmkernels.ops.token_pruning.budget import ranked
 from mmkernels.pruning.merged import check_source, only, row_of, take
 from mmkernels.pruning.pruner import Encoder, Pruned, Stage, Tap, TokenPruner, VisionInputs, check_count, check_share
-from mmkernels.pruning.scored import needs_cls, refuse_mask
+from mmkernels.pruning.rectangles import per_rectangle
+from mmkernels.pruning.scored import needs_cls
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -53,7 +54,7 @@ class VisPruner(TokenPruner):
     def __call__(self, inputs: VisionInputs) -> Pruned:
         """Important and diverse patches, in raster order."""
         if inputs.mask is not None:
-            refuse_mask(self.name)
+            return per_rectangle(self, inputs)
         x = inputs.features
         total = self.count(x.shape[1])
         important = int(total * self.important_ratio)
@@ -89,7 +90,7 @@ class DivPrune(TokenPruner):
     def __call__(self, inputs: VisionInputs) -> Pruned:
         """Pick one patch after the other."""
         if inputs.mask is not None:
-            refuse_mask(self.name)
+            return per_rectangle(self, inputs)
         x = inputs.features
         images, tokens, _ = x.shape
         unit = normalize(x.detach().float(), dim=-1)
@@ -145,7 +146,7 @@ class HiPrune(TokenPruner):
     def __call__(self, inputs: VisionInputs) -> Pruned:
         """Anchors, neighbours, and the best of the rest."""
         if inputs.mask is not None:
-            refuse_mask(self.name)
+            return per_rectangle(self, inputs)
         columns = [value for _, value in sorted(inputs.taps.items(), key=lambda item: item[0].layer)]
         if len(columns) != 2:
             raise ConfigError(

@@ -14,7 +14,8 @@ from torch.nn.functional import normalize
 from mmkernels.errors import ConfigError, ShapeError, nearest
 from mmkernels.ops.token_pruning.budget import ranked
 from mmkernels.pruning.pruner import Encoder, Pruned, Tap, TokenPruner, VisionInputs, What, check_count, padded
-from mmkernels.pruning.scored import needs_cls, refuse_mask
+from mmkernels.pruning.rectangles import per_rectangle
+from mmkernels.pruning.scored import needs_cls
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -64,7 +65,7 @@ class VisionZip(TokenPruner):
     def __call__(self, inputs: VisionInputs) -> Pruned:
         """Dominant patches, then targets with what they took in."""
         if inputs.mask is not None:
-            refuse_mask(self.name)
+            return per_rectangle(self, inputs)
         x, cls = inputs.features, None
         if self.score_source == "cls":
             cls = inputs.prefix_row(0)
@@ -150,7 +151,7 @@ class PruMerge(TokenPruner):
     def __call__(self, inputs: VisionInputs) -> Pruned:
         """Kept patches with their kin, then the token for the rest."""
         if inputs.mask is not None:
-            refuse_mask(self.name)
+            return per_rectangle(self, inputs)
         x, keys = inputs.features, only(inputs, "keys")
         acc = torch.promote_types(x.dtype, torch.float32)
         attention = joined_attention(only(inputs, "cls_query"), keys, keys.shape[1] - x.shape[1])

@@ -14,6 +14,7 @@ from torch import Tensor
 from mmkernels.errors import ConfigError, nearest
 from mmkernels.ops.token_pruning.api import prune_tokens
 from mmkernels.pruning.pruner import Encoder, Pruned, Tap, TokenPruner, VisionInputs, What, check_count, check_share
+from mmkernels.pruning.rectangles import per_rectangle
 
 ScoreSource = Literal["cls", "probe", "column", "mean_query"]
 _ROWS: dict[str, What] = {
@@ -217,7 +218,7 @@ class UniformGrid(TokenPruner):
         """Keep the patches of the grid."""
         images, tokens, _ = inputs.features.shape
         if inputs.mask is not None:
-            refuse_mask(self.name)
+            return per_rectangle(self, inputs)
         indices = torch.tensor(even_grid(self.count(tokens), *inputs.grid), device=inputs.features.device)
         return Pruned(
             inputs.features[:, indices],
@@ -268,11 +269,3 @@ def last_layers(name: str, count: int, encoder: Encoder) -> range:
             f"output on (layer {encoder.feature_layer} of {encoder.num_layers}); got {count}. Give a smaller number."
         )
     return range(first, encoder.feature_layer + 1)
-
-
-def refuse_mask(name: str) -> None:
-    """For pruners that are defined on the whole grid only."""
-    raise ConfigError(
-        f"{name}: mask must be None; got one. This pruner is defined on whole grids: prune before unpadding, "
-        "or use one that scores patches, such as vtc_cls."
-    )

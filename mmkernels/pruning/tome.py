@@ -13,7 +13,7 @@ from mmkernels.errors import ConfigError, ShapeError
 from mmkernels.ops.token_pruning.merging import bipartite_soft_matching, merge_tokens
 from mmkernels.pruning.merged import only
 from mmkernels.pruning.pruner import Encoder, Pruned, Stage, Tap, TokenPruner, VisionInputs, check_count
-from mmkernels.pruning.scored import refuse_mask
+from mmkernels.pruning.rectangles import per_rectangle
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -127,7 +127,7 @@ class ToMeAfter(TokenPruner):
     def __call__(self, inputs: VisionInputs) -> Pruned:
         """Merge until the budget is met."""
         if inputs.mask is not None:
-            refuse_mask(self.name)
+            return per_rectangle(self, inputs)
         tokens, sizes = inputs.features, None
         metric = inputs.patch_keys(only(inputs, "keys")).mean(2)
         count = self.count(tokens.shape[1])

@@ -322,7 +322,31 @@ def test_encoders_and_inputs_that_cannot_serve_are_refused():
         pruner(VisionInputs(inputs.features, inputs.grid, None, inputs.taps))
     with pytest.raises(ConfigError, match="taps must hold 'keys' once; got 0"):
         get_pruner("tome_after", num_keep=4)(VisionInputs(inputs.features, inputs.grid))
-    for name in ("visionzip", "vispruner", "prumerge", "divprune", "hiprune", "tome_after", "uniform"):
-        pruner = get_pruner(name, num_keep=4)
-        with pytest.raises(ConfigError, match=f"{name}: mask must be None"):
-            pruner(inputs_for(pruner, GRID, mask=torch.ones(2, 35, dtype=torch.bool)))
+
+
+@pytest.mark.parametrize(
+    "name", ["visionzip", "vispruner", "prumerge", "prumerge_plus", "divprune", "hiprune", "tome_after", "uniform"]
+)
+def test_a_rectangle_is_pruned_as_an_image_of_its_own(name):
+    pruner = get_pruner(name, num_keep=9)
+    mask = torch.zeros(4, 5, 7, dtype=torch.bool)
+    mask[0, 1:4], mask[1, :, 2:6], mask[2, 2:4, 3:6] = True, True, True  # the last has nothing, the third too few
+    mask = mask.flatten(1)
+    inputs = inputs_for(pruner, GRID, images=4, mask=mask)
+    pruned = pruner(inputs)
+    for b, grid in enumerate(((3, 7), (5, 4), (2, 3))):
+        where = mask[b].nonzero()[:, 0]
+        taps = {}
+        for key, value in inputs.taps.items():
+            inner = value[b : b + 1]
+            if key.what == "keys":
+                inner = torch.cat([inner[:, :1], inner[:, 1:][:, where]], 1)
+            taps[key] = inner if key.what in ("keys", "cls_query") else inner[:, where]
+        small = VisionInputs(inputs.features[b : b + 1, where], grid, inputs.prefix[b : b + 1], taps)
+        alone = get_pruner(name, num_keep=min(9, len(where)))(small)
+        sources = [where[j].item() if j >= 0 else -1 for j in alone.indices[0].tolist()]
+        assert_is(pruned, b, alone.tokens[0].tolist(), sources)
+    assert not pruned.mask[3].any()
+    mask[1, 9] = False  # in the middle
+    with pytest.raises(ConfigError, match=f"{name}: mask must leave a rectangle of each image; got .* image 1"):
+        pruner(inputs)
