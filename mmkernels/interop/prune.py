@@ -77,7 +77,7 @@ def prune(
     model: Any,
     pruner: TokenPruner | str,
     *,
-    position_policy: Policy = "compact",
+    position_policy: Policy | None = None,
     skip_padding: bool = True,
     **options: Any,
 ) -> Attached:
@@ -92,7 +92,7 @@ def prune(
             AkiForConditionalGeneration, MLMambaForConditionalGeneration, or the model inside one.
         pruner: a TokenPruner, or its name with its options: `prune(model, "vtc_cls", num_keep=64)`.
         position_policy: "compact": positions are counted anew, as if the prompt were that short; "original": every
-            token keeps the position it had.
+            token keeps the position it had.  None: compact, but between decoder layers what the pruner says.
         skip_padding: LLaVA-NeXT cuts the padding off its stitched tiles: True keeps those patches out of the choice,
             False chooses among all of them first, as the published programs do (then fewer than asked for remain).
         **options: of the pruner named.
@@ -117,7 +117,7 @@ def prune(
     Source: VTC-CLS, arXiv 2412.05819, for the family; checked against eager attention maps.
     """
     chosen = _pruner(pruner, options)
-    if position_policy not in _POLICIES:
+    if position_policy is not None and position_policy not in _POLICIES:
         raise ConfigError(
             f"prune: position_policy must be 'compact' or 'original'; got {position_policy!r}. "
             f"{nearest(str(position_policy), _POLICIES)}"
@@ -130,10 +130,10 @@ def prune(
                 "follows them. Use a pruner of the vision side, such as vtc_cls."
             )
         check_decoder(seam.decoder, chosen)
-        pruning = Pruning(Choice(None), chosen)
+        pruning = Pruning(Choice(None), chosen, (position_policy or chosen.position_policy) == "compact")
     else:
         check_pruner(model, chosen)
-        pruning = Pruning(Choice(chosen, skip_padding), compact=position_policy == "compact")
+        pruning = Pruning(Choice(chosen, skip_padding), compact=position_policy != "original")
     before = model.__dict__.get("_pruning")
     if not isinstance(model, PrunedModel):
         if "forward" in model.__dict__ and "_old_forward" not in model.__dict__:

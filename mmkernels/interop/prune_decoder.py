@@ -144,12 +144,13 @@ class PromptRun(DecoderRun):
         pruner: says where and which.
         visual: (batch, width) bool.
         prompt: (batch, width) bool, False from the first label on: answers do not choose what they are answered from.
+        compact: whether positions are counted anew behind each drop.
         others: as of `DecoderRun`.
     """
 
-    def __init__(self, pruner: DecoderPruner, visual: Tensor, prompt: Tensor, **others: Any):
+    def __init__(self, pruner: DecoderPruner, visual: Tensor, prompt: Tensor, compact: bool, **others: Any):
         super().__init__(stages=(), **others)
-        self.pruner, self.visual, self.prompt = pruner, visual, prompt
+        self.pruner, self.visual, self.prompt, self.compact = pruner, visual, prompt, compact
         layers = self.decoder.layers
         if any(layer.training and getattr(layer, "gradient_checkpointing", False) for layer in layers):
             raise ConfigError(
@@ -218,19 +219,18 @@ class PromptRun(DecoderRun):
             hidden, keep = self._insert(hidden, keep, extras)
         if bool((keep | ~self.mask).all()):
             return hidden
-        compact = self.pruner.position_policy == "compact"
         layout = narrow(keep, self.mask, self.positions, compact=False)
         before = self.views[-1].stage.removed if self.views else self.past.removed
         gone = count - layout.mask.sum(1, keepdim=True)
         positions = layout.position_ids
-        if compact:
+        if self.compact:
             start = self.positions.expand_as(self.mask).masked_fill(~self.mask, sys.maxsize).amin(1, keepdim=True)
             positions = (start + layout.mask.long().cumsum(1) - 1) * layout.mask
         self.visual, self.rows = layout.take(self.visual), layout.take(self.rows)
         self.columns = layout.take(self.columns, -1)
         self.mask, self.positions = layout.mask, positions
         hidden = layout.take(hidden)
-        self._see(Stage(index, layout.mask, before + gone, compact), positions, hidden)
+        self._see(Stage(index, layout.mask, before + gone, self.compact), positions, hidden)
         return hidden
 
     def _insert(self, hidden: Tensor, keep: Tensor, extras: Extras) -> tuple[Tensor, Tensor]:

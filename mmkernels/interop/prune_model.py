@@ -26,7 +26,7 @@ class Pruning:
     Attributes:
         choice: pruner of the vision side.
         decoder: pruner between layers of the decoder.
-        compact: whether positions are counted anew.
+        compact: whether positions are counted anew where tokens go.
         kept: of the last call with images, the patches that each image kept (crops counted through; -1: no patch); with
             a pruner of the decoder, for each row with images, which of all its visual tokens reached the end.
     """
@@ -227,7 +227,9 @@ def _prompt_through_layers(
         prompt = prompt & ((labels != -100).cumsum(-1) == 0)
     cache, positions = given.get("past_key_values"), given["position_ids"]
     visual = ids == seam.image_token_id
-    run = PromptRun(pruner, visual, prompt, decoder=seam.decoder, past=call.past, positions=positions, cache=cache)
+    run = PromptRun(
+        pruner, visual, prompt, pruning.compact, decoder=seam.decoder, past=call.past, positions=positions, cache=cache
+    )
     with run.hooked():
         outputs = stock(model, **given)
     pruning.kept = run.kept(visual)

@@ -1,6 +1,7 @@
 """mmkernels.prune at the vision side: against eager attention maps and prompts put together by hand."""
 
 import copy
+import threading
 
 import pytest
 import torch
@@ -606,3 +607,21 @@ def test_a_modality_mutual_model_reads_the_question_into_the_tokens_that_stay():
     assert torch.equal(got, model(short, mm_encoder_outputs=encoded).logits)
     embeds = by_hand(model, ROWS[0], [features])
     assert (got - model(inputs_embeds=embeds).logits).abs().max() > 1e-3  # causal attention says something else
+
+
+@torch.no_grad()
+def test_another_thread_may_use_the_tower_meanwhile(model):
+    tower, pixels, seen = model.model.vision_tower, batch(ROWS)["pixel_values"], []
+    alone = tower(pixels).last_hidden_state
+
+    def meanwhile(*_):
+        hook.remove()
+        other = threading.Thread(target=lambda: seen.append(tower(pixels).last_hidden_state))
+        other.start()
+        other.join()
+
+    hook = tower.encoder.layers[0].register_forward_hook(meanwhile)
+    taps = (Tap(1, "cls_row"),)
+    run = vit(tower).run(pixels, num_tokens=16, layers=(2,), taps=taps)
+    assert torch.allclose(seen[0], alone)  # it went on behind layer 2, and nobody took its queries
+    assert torch.equal(run.taps[taps[0]], vit(tower).run(pixels, num_tokens=16, layers=(2,), taps=taps).taps[taps[0]])

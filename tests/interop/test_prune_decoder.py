@@ -110,6 +110,16 @@ def embeddings(model, row, pixels):
 PRUNERS = {
     "fastv": ({"num_keep": 5, "layer": 2}, {2: (1, lambda n: 5)}, False),
     "fastv_ratio": ({"keep_ratio": 0.25, "layer": 1}, {1: (0, lambda n: n // 4)}, False),
+    "fastv_compact": (
+        {"num_keep": 5, "layer": 2, "position_policy": "compact"},
+        {2: (1, lambda n: 5)},
+        True,
+    ),
+    "pyramiddrop_original": (
+        {"position_policy": "original"},
+        {1: (1, lambda n: n // 2), 2: (2, lambda n: n // 4), 3: (3, lambda n: n // 8)},
+        False,
+    ),
     "pyramiddrop": ({}, {1: (1, lambda n: n // 2), 2: (2, lambda n: n // 4), 3: (3, lambda n: n // 8)}, True),
 }
 
