@@ -9,6 +9,7 @@ times 32.
 """
 
 import argparse
+import copy
 import dataclasses
 import platform
 import sys
@@ -97,7 +98,8 @@ def build_encoders(shapes: Shapes) -> Encoders:
     torch.manual_seed(0)
     sdpa = CLIPVisionModel._from_config(config, attn_implementation="sdpa").eval()
     with torch.device("meta"):
-        eager = CLIPVisionModel._from_config(config, attn_implementation="eager").eval()
+        # a model keeps the configuration it gets, implementation and all: one for each
+        eager = CLIPVisionModel._from_config(copy.deepcopy(config), attn_implementation="eager").eval()
     eager.load_state_dict(sdpa.state_dict(), assign=True)
     for name, buffer in sdpa.named_buffers():  # position ids are not in the state
         owner, _, leaf = name.rpartition(".")
@@ -140,6 +142,9 @@ def ours(on: Encoders) -> tuple[Tensor, Pruned]:
 
 def check_encoders(on: Encoders) -> dict[str, float]:
     """Compare scores, choice and features before anything is timed."""
+    implementations = on.eager.config._attn_implementation, on.sdpa.config._attn_implementation
+    if implementations != ("eager", "sdpa"):
+        raise AssertionError(f"the towers run {implementations} instead of eager and SDPA attention")
     (theirs, _), (scores, pruned) = official(on), ours(on)
     error = float((theirs - scores).abs().max())
     if error > SCORES_AGREE:
