@@ -13,18 +13,30 @@ def load(model_folder: Path) -> tuple[Any, Any]:
         CheckpointError: the folder is not there or holds no such model; the weights are damaged, incomplete, of
             another model, or not finite.
     """
-    from mmkernels.models.mmmamba import MMMambaForConditionalGeneration, MMMambaProcessor
-    from mmkernels.models.mmmamba.convert_mmmamba import load_checkpoint
+    from mmkernels.models.common.checkpoint_files import read_json
 
     if not (model_folder / "config.json").is_file():
         raise CheckpointError(
             f"generate: model must be a folder written by save_pretrained; {model_folder} has no config.json. "
             "Run `mmkernels demo` first, then use out/linear, out/hybrid or out/teacher."
         )
+    if read_json(model_folder / "config.json").get("model_type") == "ml_mamba":
+        return _load_ml_mamba(model_folder)
+    from mmkernels.models.mmmamba import MMMambaForConditionalGeneration, MMMambaProcessor
+    from mmkernels.models.mmmamba.convert_mmmamba import load_checkpoint
+
     # from_pretrained alone would draw missing weights at random, with a warning, and take NaN for an answer
     load_checkpoint(model_folder, layout="mmkernels")
     model = MMMambaForConditionalGeneration.from_pretrained(model_folder)
     return model.eval(), MMMambaProcessor.from_pretrained(model_folder)
+
+
+def _load_ml_mamba(model_folder: Path) -> tuple[Any, Any]:
+    from mmkernels.models.ml_mamba import MLMambaForConditionalGeneration, MLMambaProcessor, load_checkpoint
+
+    load_checkpoint(model_folder, layout="mmkernels")
+    model = MLMambaForConditionalGeneration.from_pretrained(model_folder)
+    return model.eval(), MLMambaProcessor.from_pretrained(model_folder)
 
 
 def answer(model_folder: Path, image: Path, question: str, *, max_new_tokens: int | None = None) -> str:

@@ -90,7 +90,7 @@ def test_the_language_model_is_frozen_until_it_is_finetuned():
 def test_the_demo_answers_about_the_picture_it_writes(tmp_path, capsys):
     results = run_ml_mamba_demo(dataclasses.replace(TINY, out=tmp_path, arms=("advanced",), finetune_steps=1))
     assert len(results["asked"]) == 4
-    assert all(line["answer"] in talk().words or not line["answer"] for line in results["asked"])
+    assert {word for line in results["asked"] for word in line["answer"].split()} <= set(talk().words)
     from PIL import Image
 
     assert Image.open(tmp_path / "canvas.png").size == (192, 192)
@@ -98,6 +98,9 @@ def test_the_demo_answers_about_the_picture_it_writes(tmp_path, capsys):
     report = (tmp_path / "report.md").read_text()
     assert all(line["question"] in report for line in results["asked"])
     assert "what is in row2 column2 ?" in capsys.readouterr().out
+    asked = ["--image", str(tmp_path / "canvas.png"), "--question", "What is in row2 column1 ?"]
+    assert main(["generate", "--model", str(tmp_path / "model"), *asked, "--max-new-tokens", "4"]) == 0
+    assert capsys.readouterr().out.strip() == results["asked"][2]["answer"]
 
 
 def test_the_comparison_writes_as_it_goes(tmp_path):
@@ -147,8 +150,8 @@ def test_settings_and_the_command_line(tmp_path, capsys):
 def test_it_learns_to_see():
     """Whole scans in one patch, a connector without scans: the shortest way from pixels to answers."""
     settings = dataclasses.replace(
-        TINY, patches=1, words_steps=250, steps=150, batch_size=48, turns=4, questions=500, align_rate=3e-3
+        TINY, patches=1, words_steps=800, steps=150, batch_size=48, turns=4, questions=500, align_rate=3e-3
     )
     words = learn_words(CanvasTalk(settings.task(0), 4), settings, 0)
     _, run = train_arm(ARMS[0], settings, 0, words)
-    assert run["accuracy"] > majority(talk(patches=1), 500) + 0.1  # 0.81 against 0.65
+    assert run["accuracy"] > majority(talk(patches=1), 500) + 0.15

@@ -23,9 +23,9 @@ def demo_report(results: dict[str, Any], arm: Arm) -> str:
     curve = ", ".join(f"{point['accuracy']:.3f} (step {point['step']})" for point in results["points"])
     return f"""# A tiny ML-Mamba on real scans
 
-{results["parameters"]:,} parameters; connector: {arm.label}. {settings["words_steps"]} steps of words,
-{settings["steps"]} of aligning in front of the frozen language model, {settings["finetune_steps"]} of training both:
-{results["seconds"]:.0f} s.
+{results["parameters"]:,} parameters; connector: {arm.label}. The language model learned from canvases told in
+words until it answered {results["told_in_words"]:.3f} of the questions; then {settings["steps"]} steps of aligning in
+front of it, frozen, and {settings["finetune_steps"]} of training both: {results["seconds"]:.0f} s.
 
 Accuracy on {settings["questions"]:,} questions about canvases of scans that no training canvas shows:
 **{results["accuracy"]:.3f}**; always giving the most common answer scores {results["majority"]:.3f}.
@@ -97,13 +97,15 @@ def comparison_report(results: dict[str, Any], curves: str) -> str:
     settings, facts = results["settings"], results["machine"]
     last = settings["seed"] + settings["seeds"] - 1
     goals = "\n".join(f"- {'shown' if met else 'NOT SHOWN'}: {text}" for text, met in findings(results))
+    words = spread([run["told_in_words"] for found in results["runs"].values() for run in found.values()])
     return f"""# Connectors of ML-Mamba: what a scan of the patches is worth
 
 Canvases of {settings["grid"]} x {settings["grid"]} cells with real scans; a cell is cut into
 {settings["patches"]} x {settings["patches"]} patches, so that no patch shows a whole scan, and a patch is embedded
 linearly, without positions. A Mamba-2 language model has learned the questions ("what is in row1 column2 ?") from
-canvases told in words, and is frozen; patches and connector are trained for {settings["steps"]} steps in front of it,
-with the same canvases, questions, schedule and language model for every connector of a seed. Accuracy is over
+canvases told in words, of which it answers {words}, and is frozen. Patches and connector are trained for
+{settings["steps"]} steps in front of it, with the same canvases, questions, schedule and language model for every
+connector of a seed. Accuracy is over
 {settings["questions"]:,} questions about scans that no training canvas shows (a quarter of them before the last
 column); always giving the most common answer scores {results["majority"]:.3f}. Seeds {settings["seed"]}-{last}:
 mean (smallest-largest).

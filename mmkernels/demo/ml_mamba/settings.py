@@ -20,7 +20,7 @@ class MLMambaSettings:
         seeds: how many seeds: seed, seed + 1, ...
         grid: cells along a side of a canvas.
         patches: patches along a side of a cell; with more than one, no patch shows a whole scan.
-        words_steps: steps in which the language model learns the questions from words, before it sees an image.
+        words_steps: most steps in which the language model learns the questions from words, before it sees an image.
         steps: steps of the align stage: patches and connector are trained, the language model is frozen.
         finetune_steps: steps in which the language model is trained, too (the demo; the comparison has none).
         batch_size: canvases a step.
@@ -39,8 +39,8 @@ class MLMambaSettings:
     seeds: int = 1
     grid: int = 2
     patches: int = 2
-    words_steps: int = 400
-    steps: int = 300
+    words_steps: int = 2000
+    steps: int = 200
     finetune_steps: int = 0
     batch_size: int = 48
     turns: int = 4
