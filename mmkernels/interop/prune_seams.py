@@ -1,7 +1,4 @@
-"""Where models take their images in: which tower, which placeholder, and what stands for an image once it is pruned.
-
-One class a family of models; what none of them knows cannot be pruned at the vision side.
-"""
+"""Where families of models take their images in: tower, placeholder, and what stands for an image that is pruned."""
 
 from dataclasses import dataclass, replace
 from functools import cached_property
