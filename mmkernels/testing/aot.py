@@ -35,6 +35,8 @@ MODULES = (
     "mmkernels.ops.ssd._triton_kernels_forward",
     "mmkernels.ops.ssd._triton_kernels_steps",
     "mmkernels.ops.ssd._triton_kernels_update",
+    "mmkernels.ops.token_pruning._triton_kernels",
+    "mmkernels.ops.token_pruning._triton_kernels_select",
 )
 
 

@@ -84,10 +84,27 @@ def ssd_update():
     return _update, (state, x, dt, -A.abs(), B, B, None, None, None, None, True, 0.0, float("inf"))
 
 
+def scores_fwd():
+    from mmkernels.ops.token_pruning._triton import _scores_fwd
+
+    q, k, lse = tensors((2, 1, 2, 3), (2, 4, 2, 3), (2, 2, 1))
+    return _scores_fwd, (q, k, lse, 0.5, 1, 2.0)
+
+
+def prune_fwd():
+    from mmkernels.ops.token_pruning._triton import _prune_fwd
+
+    features, scores = tensors((2, 4, 3), (2, 4))
+    counts = torch.tensor([2, 3], device=DEVICE)
+    return _prune_fwd, (features, scores.detach(), scores > -9, None, counts, 3, 5)
+
+
+NORM_CONV = [norm_fwd, norm_bwd, conv_fwd, conv_bwd, conv_update]
+REST = [attention_fwd, attention_bwd, ssd_update, scores_fwd, prune_fwd]
+
+
 @needs_triton
-@pytest.mark.parametrize(
-    "make", [norm_fwd, norm_bwd, conv_fwd, conv_bwd, conv_update, attention_fwd, attention_bwd, ssd_update]
-)
+@pytest.mark.parametrize("make", NORM_CONV + REST)
 def test_opcheck(make):
     op, args = make()
     torch.library.opcheck(op, args)

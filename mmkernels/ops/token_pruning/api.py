@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from mmkernels import _triton
 from mmkernels._checks import Sizes, Verified, floating, integer, same_device, same_dtype
 from mmkernels._dispatch import NATIVE_PROBE, Backend, Op
 from mmkernels._gradients import untracked_transform
@@ -25,6 +26,7 @@ def _op(name: str, key: str) -> Op:
         public=f"{_HERE}.api.{name}",
         backends=[
             Backend("native", f"{_HERE}._native:{name}", ("cpu",), untracked_transform, NATIVE_PROBE),
+            Backend("triton", f"{_HERE}._triton:{name}", _triton.DEVICES, _triton.objections, _triton.PROBE),
             Backend("torch", f"{_HERE}._torch:{name}"),
             Backend("reference", f"{_HERE}.reference:{name}"),
         ],
