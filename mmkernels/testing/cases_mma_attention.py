@@ -87,8 +87,9 @@ _TILES = _custom(40, 70, [[(0, 10 + i) for i in range(40)]], _RECTS)
 _LONG = [(0, 20, 164, 164, 205), (1, 3, 100, 100, 130), (1, 140, 170, 170, 171)]
 _IMAGES = [(0, 10, 90, 10, 90), (0, 120, 190, 120, 190), (1, 0, 150, 0, 150)]
 
-# Their features are in aki with tiles, padded-lse, image-block with headdim-96, window, documents, cache, headdim-96.
-_HEAVY = ("aki-long", "aki-padded", "images", "window-long", "documents-long", "chunk", "headdim-64", "headdim-72")
+# Their features are in aki with tiles, padded-lse, image-block, window, documents, cache, decode and headdim-96.
+_HEAVY = ("aki-long", "aki-padded", "images", "window-long", "documents-long", "chunk", "decode-long")
+_HEAVY += ("headdim-64", "headdim-72")
 
 register_cases(
     *(
@@ -144,7 +145,8 @@ register_cases(
                 _build(1, 300, 4, 4, 16, mask=MMAMask.documents(_bounds(0, 129, 260, 260, 290), 300)),
             ),
             ("chunk", 300, _build(1, 60, 4, 2, 80, 300, mask=mma_mask(60, 300, spans=[(0, 250, 260, 260, 290)]))),
-            ("decode", 400, _build(3, 1, 8, 2, 128, 400, **_EXTRAS)),
+            ("decode", 140, _build(1, 1, 4, 2, 8, 140, **_EXTRAS)),
+            ("decode-long", 400, _build(3, 1, 8, 2, 128, 400, **_EXTRAS)),
             ("headdim-64", 140, _build(1, 140, 2, 1, 64)),
             ("headdim-72", 140, _build(1, 140, 2, 2, 72)),
             ("headdim-96", 40, _build(1, 40, 2, 2, 96)),
