@@ -80,8 +80,13 @@ def _prune(*size: int, more: Callable[[torch.Generator], Args] | None = None, **
 
 def _ties(generator: torch.Generator) -> Args:
     made = prune_inputs(generator, 3, 40, 5)
-    signs = torch.where(torch.rand(3, 40, generator=generator) < 0.5, -1.0, 1.0).double()  # of zeros, too
-    return made | {"scores": torch.randint(-1, 2, (3, 40), generator=generator) * signs, "num_keep": 17}
+    scores = torch.randint(-2, 3, (3, 40), generator=generator).double()
+    zeros = scores == 0
+    scores[zeros & (zeros.cumsum(-1) % 2 == 1)] = -0.0  # every other one
+    # Half of the zeros of the first sample are kept, of the -1 of the second and of the -2 of the third.
+    least = torch.tensor([0.0, -1.0, -2.0])[:, None]
+    counts = (scores > least).sum(-1) + (scores == least).sum(-1) // 2
+    return made | {"scores": scores, "num_keep": counts.tolist()}
 
 
 def _masked(batch: int, seqlen: int) -> Callable[[torch.Generator], Args]:
