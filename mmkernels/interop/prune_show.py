@@ -82,10 +82,10 @@ def show(
             f"prune: method must be of the vision side; got {pruner.name!r}, which drops tokens between layers of the "
             "language model, by the question. Use vtc_cls, or mmkernels.prune with a prompt."
         )
-    model, processor = _load(folder)
+    model, processor, reads = _load(folder)
     pixels = _pixels(processor, image)
     with torch.no_grad():
-        if getattr(model.config, "vision_config", None) is not None and hasattr(model, "language_model"):
+        if reads:
             pruned, grid = _of_llava(seam_of(model), pixels, pruner)
         else:
             pruned, grid = _of_tower(vit(model), model.config, pixels, pruner, feature_layer)
@@ -131,9 +131,15 @@ def _of_tower(
     return pruned.indices[0][pruned.mask[0]], grid
 
 
-def _load(folder: Path) -> tuple[Any, Any]:
-    """Vision tower, or LLaVA without its language head, and its image processor."""
-    from transformers import AutoImageProcessor, AutoModel
+def _load(folder: Path) -> tuple[Any, Any, bool]:
+    """A model, its image processor, and whether it is a vision-language model or a vision tower alone."""
+    from transformers import (
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+        AutoConfig,
+        AutoImageProcessor,
+        AutoModel,
+        AutoModelForImageTextToText,
+    )
 
     if not (folder / "config.json").is_file():
         raise CheckpointError(
@@ -146,7 +152,9 @@ def _load(folder: Path) -> tuple[Any, Any]:
             "Save it there: image_processor.save_pretrained(folder)."
         )
     try:
-        model, notes = AutoModel.from_pretrained(folder, local_files_only=True, output_loading_info=True)
+        reads = type(AutoConfig.from_pretrained(folder, local_files_only=True)) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+        kind: Any = AutoModelForImageTextToText if reads else AutoModel
+        model, notes = kind.from_pretrained(folder, local_files_only=True, output_loading_info=True)
         processor = AutoImageProcessor.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"prune: model must be loadable; {folder}: {error}. Save it again.") from error
@@ -155,7 +163,7 @@ def _load(folder: Path) -> tuple[Any, Any]:
             f"prune: model must have all its weights; {folder} lacks {sorted(notes['missing_keys'])[:3]}. "
             "Save it again."
         )
-    return getattr(model, "vision_model", model).eval(), processor
+    return (model if reads else getattr(model, "vision_model", model)).eval(), processor, reads
 
 
 def _pixels(processor: Any, image: Path) -> Tensor:

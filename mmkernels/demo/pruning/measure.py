@@ -1,5 +1,6 @@
 """What the trained model answers with fewer tokens, and where its [CLS] looks."""
 
+import contextlib
 import math
 from collections.abc import Callable
 from statistics import fmean
@@ -73,6 +74,39 @@ def _point(
         with prune(model, arm.pruner(kept, seed)):
             scores.append(accuracy(model, task, questions))
     return fmean(scores)
+
+
+@torch.no_grad()
+def by_answer(model: Any, task: PruningTask, count: int, kept: int) -> dict[str, dict[str, float]]:
+    """Presence, apart for classes that are there and that are not: {"all" | arm key: {"there", "not there", "seen"}}.
+
+    "seen" is the share of questions about classes that are there of which a patch is among those kept.
+    """
+    found = {}
+    questions = unseen(task, "present", count)
+    for key in ("all", "vtc_cls", "random"):
+        arm = next((arm for arm in ARMS if arm.key == key), None)
+        tally = dict.fromkeys(("there", "not there", "seen"), 0)
+        total = dict.fromkeys(("there", "not there"), 0)
+        for batch in questions:
+            with prune(model, arm.pruner(kept)) if arm else contextlib.nullcontext() as handle:
+                said = model(input_ids=batch.input_ids, pixel_values=batch.images, logits_to_keep=1).logits[:, -1]
+            right, there = said.argmax(-1) == batch.answer_ids, batch.answer_ids == task.word_id["yes"]
+            stays = torch.ones_like(batch.patch_classes, dtype=torch.bool)
+            if handle is not None:
+                stays = torch.stack(
+                    [row.new_zeros(PATCHES, dtype=torch.bool).index_fill(0, row, True) for row in handle.kept]
+                )
+            own = batch.patch_classes == (batch.input_ids[:, -1:] - task.name_ids[0])  # names are the last words
+            tally["there"] += int((right & there).sum())
+            tally["not there"] += int((right & ~there).sum())
+            tally["seen"] += int(((own & stays).any(1) & there).sum())
+            total["there"], total["not there"] = (
+                total["there"] + int(there.sum()),
+                total["not there"] + int((~there).sum()),
+            )
+        found[key] = {name: value / total["there" if name == "seen" else name] for name, value in tally.items()}
+    return found
 
 
 @torch.no_grad()

@@ -35,6 +35,19 @@ def mass_table(results: dict[str, Any]) -> str:
     )
 
 
+def answer_table(results: dict[str, Any]) -> str:
+    """Presence at a quarter of the tokens, apart for what is there and what is not."""
+    names = {
+        "all": "all tokens",
+        "vtc_cls": f"VTC-CLS, {QUARTER} tokens",
+        "random": f"random, {QUARTER} tokens (one draw)",
+    }
+    lines = ["| presence | class is there | is not there | a patch of it is kept |", "|---|---|---|---|"]
+    for key, row in results["by_answer"].items():
+        lines.append(f"| {names[key]} | {row['there']:.3f} | {row['not there']:.3f} | {row['seen']:.3f} |")
+    return "\n".join(lines)
+
+
 def findings(results: dict[str, Any]) -> list[tuple[str, bool]]:
     """What the demo sets out to show, and whether this run showed it."""
     mass, pruned = results["cls_mass"], results["pruned"]
@@ -93,6 +106,8 @@ budget of FastV counts what layer 2 of 0 .. 2 reads; the layers before it read a
 can at most halve the tokens in each of three layers, hence the dashes.
 
 {mass_table(results)}
+
+{answer_table(results)}
 
 {goals}
 

@@ -12,7 +12,7 @@ import torch
 
 from mmkernels._progress import progress_bar
 from mmkernels.demo.pruning.arms import ARMS
-from mmkernels.demo.pruning.measure import cls_mass, measure, unseen
+from mmkernels.demo.pruning.measure import by_answer, cls_mass, measure, unseen
 from mmkernels.demo.pruning.model import save
 from mmkernels.demo.pruning.pictures import TITLES, plot_curves, plot_lit, save_canvases
 from mmkernels.demo.pruning.report import QUARTER, findings, markdown, mass_table, table
@@ -44,6 +44,7 @@ def run_pruning_demo(settings: PruningSettings) -> dict[str, Any]:
     vision = model.model.vision_tower
     results |= {
         "guess": {kind: most_common(task, kind, settings.questions) for kind in KINDS},
+        "by_answer": by_answer(model, task, settings.questions, QUARTER),
         "cls_mass": cls_mass(model, task, settings.questions),
         "answer_loss": losses,
         "parameters": sum(p.numel() for p in model.parameters()),
