@@ -76,10 +76,10 @@ def findings(results: dict[str, Any]) -> list[tuple[str, bool]]:
     high = {key: max(run["accuracy"] for run in found.values()) for key, found in runs.items()}
 
     def above(better: str, worse: str) -> tuple[str, bool]:
-        apart = "every seed of one above every seed of the other" if low[better] > high[worse] else "seeds overlap"
-        return f"{better} {score[better]:.3f} > {worse} {score[worse]:.3f} ({apart})", score[better] > score[
-            worse
-        ] + _SAME
+        clear = low[better] > high[worse]
+        apart = "every seed of one above every seed of the other" if clear else "seeds overlap"
+        text = f"{better} {score[better]:.3f} > {worse} {score[worse]:.3f} ({apart})"
+        return text, clear and score[better] > score[worse] + _SAME
 
     found = []
     for better, worse in (("basic", "mlp"), ("advanced", "basic"), ("advanced", "raster")):
@@ -124,7 +124,7 @@ columns). One tiny task: this says nothing about the size of the effect at 2.7 b
 - machine: {facts["processor"]}, {facts["cores"]} cores; {results["load"]}; {results["seconds"]:.0f} s
 - versions: {", ".join(f"{name} {facts[name]}" for name in ("python", "torch", "transformers", "mmkernels"))}
 - data: {settings["source"]}; batches of {settings["batch_size"]} canvases with {settings["turns"]} questions each
-- command: `python {results["command"]}`
+- command: `{results["command"]}`
 """
 
 

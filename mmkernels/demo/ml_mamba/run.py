@@ -57,7 +57,7 @@ def run_ml_mamba_demo(settings: MLMambaSettings) -> dict[str, Any]:
         "majority": majority(talk, settings.questions),
         "parameters": sum(p.numel() for p in model.parameters()),
         "asked": asked,
-        **_circumstances(settings),
+        **_circumstances(settings, "mmkernels"),
     }
     (settings.out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     (settings.out / "report.md").write_text(demo_report(results, arm))
@@ -112,7 +112,7 @@ def compare_connectors(settings: MLMambaSettings, on_results: Callable[[dict[str
             majority(CanvasTalk(settings.task(seed), settings.turns), settings.questions)
             for seed in settings.all_seeds()
         ),
-        **_circumstances(settings),
+        **_circumstances(settings, "python benchmarks/models/ml_mamba_connectors.py"),
     }
 
     def done(arm: Arm, seed: int, run: dict[str, Any]) -> None:
@@ -139,11 +139,11 @@ def _words_file(settings: MLMambaSettings, seed: int) -> Path:
     return settings.out / f"words-{seed}.pt"
 
 
-def _circumstances(settings: MLMambaSettings) -> dict[str, Any]:
+def _circumstances(settings: MLMambaSettings, program: str) -> dict[str, Any]:
     load = f"load average {os.getloadavg()[0]:.1f} at the start" if hasattr(os, "getloadavg") else "load unknown"
     return {
         "load": load,
         "machine": machine_facts(),
         "settings": {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(settings).items()},
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": " ".join([program, *sys.argv[1:]]),
     }
