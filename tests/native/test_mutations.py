@@ -168,9 +168,33 @@ FAULTS = [
         "prune_tokens",
         "ties",
     ),
+    Fault(
+        "the last direction stands for all",
+        "merged_gated_rms_norm.cpp",
+        "if (k > 0) sum += ",
+        "if (false) sum += ",
+        "merged_gated_rms_norm",
+        "mean",
+    ),
+    Fault(
+        "the gate hears of one direction only",
+        "merged_gated_rms_norm.cpp",
+        "fma(grad_v, value, V::load(grad_gate + i, lanes))",
+        "(grad_v * value)",
+        "merged_gated_rms_norm",
+        "mean",
+    ),
+    Fault(
+        "filters do not follow the scan",
+        "causal_conv1d.cpp",
+        "a.step * position : a.order[position]",
+        "a.step * position : position",
+        "causal_conv1d_2d",
+        "paths",
+    ),
     Fault("the mean is added", "gated_rms_norm.cpp", "V(-mean)", "V(mean)", "gated_rms_norm", "plain"),
 ]
-COMPOSED = ("mamba2_step",)  # made of other ops' kernels: their faults would be noticed for it
+COMPOSED = ("mamba2_step", "causal_conv1d_2d")  # made of other ops' kernels: their faults would be noticed for it
 CHECK = """
 import sys, torch
 from pathlib import Path
