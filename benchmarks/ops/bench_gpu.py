@@ -1,7 +1,8 @@
 """The Triton backends on a CUDA device against PyTorch, the compiler, and the CUDA packages (`make gpu`).
 
 Sizes of mamba2-2.7b (d_inner 5120, 80 heads of 64, state 128) in bfloat16: a prompt of 8192 tokens, a decode batch of
-64.  Every contestant is checked against torch in float32 before it is timed; a call ends when the device has finished.
+64; attention of Phi-3-mini (32 heads of 96), causal, over 4096 tokens; scores of CLIP ViT-L/14-336, 8 images.
+Every contestant is checked against torch in float32 before it is timed; a call ends when the device has finished.
 extra_info["bytes"] is what has to be moved at least, for the share of the memory's speed.
 """
 
@@ -15,7 +16,9 @@ from mmkernels._dispatch import registered
 from mmkernels.testing import error_of
 from mmkernels.testing.cases_causal_conv1d import conv_inputs, states
 from mmkernels.testing.cases_gated_rms_norm import norm_inputs
+from mmkernels.testing.cases_mma_attention import attention_inputs
 from mmkernels.testing.cases_ssd import ssd_inputs
+from mmkernels.testing.cases_token_pruning import score_inputs
 
 DEVICE = "cuda"
 DTYPE = torch.bfloat16
@@ -42,8 +45,10 @@ PROBLEMS = {
     "causal_conv1d_update": _conv_update_inputs,
     "ssd_scan": lambda g: ssd_inputs(g, 1, 8192, 80, 64, 128, skip="head", gate=True, softplus=True),
     "ssd_update": _update_inputs,
+    "mma_attention": lambda g: attention_inputs(g, 1, 4096, 32, 32, 96),
+    "cls_attention_scores": lambda g: score_inputs(g, 8, 577, 16, 64),
 }
-TRAINED = ("gated_rms_norm", "causal_conv1d", "ssd_scan")
+TRAINED = ("gated_rms_norm", "causal_conv1d", "ssd_scan", "mma_attention")
 WRITTEN = {"causal_conv1d_update": "conv_state", "ssd_update": "state"}
 
 
@@ -82,12 +87,19 @@ def _mamba_update(state, x, dt, A, B, C, *, D, z, dt_bias, dt_softplus):
     )
 
 
+def _sdpa(q, k, v):
+    function = torch.nn.functional.scaled_dot_product_attention
+    swapped = [t.transpose(1, 2) for t in (q, k, v)]
+    return lambda: function(*swapped, is_causal=True).transpose(1, 2)
+
+
 PACKAGES = {
     "gated_rms_norm": _mamba_norm,
     "causal_conv1d": _package_conv,
     "causal_conv1d_update": _package_conv_update,
     "ssd_scan": _mamba_scan,
     "ssd_update": _mamba_update,
+    "mma_attention": _sdpa,  # PyTorch's own, which brings FlashAttention-2 and cuDNN's
 }
 
 
@@ -95,6 +107,8 @@ def contestant(op, name, args):
     """A call without arguments, or a skip with the reason."""
     public = getattr(mmkernels, op)
     if name == "package":
+        if op not in PACKAGES:
+            pytest.skip(f"{op}: there is no package that does it")
         try:
             return PACKAGES[op](**{k: v for k, v in args.items() if v is not None})
         except ImportError as error:
@@ -137,7 +151,8 @@ def finished(call):
 def moved(op, args):
     """Bytes of the inputs, of the output, and of what is written in place."""
     sizes = {k: v.numel() * v.element_size() for k, v in args.items() if isinstance(v, torch.Tensor)}
-    return sum(sizes.values()) + sizes["x"] + sizes.get(WRITTEN.get(op, ""), 0)
+    output = sizes["q"] if op == "mma_attention" else sizes.get("x", 0)  # scores are next to nothing
+    return sum(sizes.values()) + output + sizes.get(WRITTEN.get(op, ""), 0)
 
 
 @pytest.mark.parametrize("name", ["triton", "torch", "compiled", "package"])
@@ -159,7 +174,7 @@ def bench_forward_backward(benchmark, op, name):
     args = arguments(op, grad=True)
     call = contestant(op, name, args)
     leaves = [v for v in args.values() if isinstance(v, torch.Tensor)]
-    direction = torch.randn_like(args["x"])
+    direction = torch.randn_like(args["q" if op == "mma_attention" else "x"])
     benchmark.group = f"{op}, forward and backward"
     benchmark.extra_info.update(error=error)
     benchmark.pedantic(finished, (lambda: torch.autograd.grad(call(), leaves, direction),), rounds=20, warmup_rounds=5)

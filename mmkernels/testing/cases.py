@@ -45,7 +45,7 @@ class Case:
                 value = value.to(device)
                 if grad and value.is_floating_point() and name not in self.mutates:
                     value = value.detach().clone(memory_format=torch.preserve_format).requires_grad_()
-            out[name] = value
+            out[name] = on_device(value, device)
         return out
 
     def run(self, args: dict[str, Any], backend: str) -> tuple[torch.Tensor, ...]:
@@ -56,6 +56,11 @@ class Case:
         out = getattr(mmkernels, self.op)(**args, backend=backend)
         outs = out if isinstance(out, tuple) else (out,)
         return (*outs, *(args[name] for name in self.mutates))
+
+
+def on_device(value: Any, device: str) -> Any:
+    """`value` moved to the device if it is something that lives on one: a tensor, a mask made of tensors."""
+    return value.to(device) if hasattr(value, "to") else value
 
 
 def register_cases(*cases: Case) -> None:

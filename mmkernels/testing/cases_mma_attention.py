@@ -88,8 +88,10 @@ _LONG = [(0, 20, 164, 164, 205), (1, 3, 100, 100, 130), (1, 140, 170, 170, 171)]
 _IMAGES = [(0, 10, 90, 10, 90), (0, 120, 190, 120, 190), (1, 0, 150, 0, 150)]
 
 # Their features are in aki with tiles, padded-lse, image-block, window, documents, cache, decode and headdim-96.
-_HEAVY = ("aki-long", "aki-padded", "images", "window-long", "documents-long", "chunk", "decode-long")
-_HEAVY += ("headdim-64", "headdim-72")
+_HEAVY = (
+    *("aki-long", "aki-padded", "images", "window-long", "documents-long"),
+    *("chunk", "decode-long", "headdim-64", "headdim-72"),
+)
 
 register_cases(
     *(

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmkernels.testing.cases import Case
+from mmkernels.testing.cases import Case, on_device
 from mmkernels.testing.poison import poisoned_allocations
 from mmkernels.testing.tolerance import assert_within
 
@@ -27,7 +27,7 @@ def forward_backward(
     has no gradients of its own: the scan it belongs to has them.
     """
     args = {
-        k: v.to(device, dtype if v.is_floating_point() else None) if isinstance(v, Tensor) else v
+        k: v.to(device, dtype if v.is_floating_point() else None) if isinstance(v, Tensor) else on_device(v, device)
         for k, v in values.items()
     }
     if case.mutates:

@@ -89,6 +89,13 @@ def test_fullgraph_compile_with_dynamic_shapes(case, backend):
         torch.testing.assert_close(got, want)
 
 
+def test_cases_go_to_a_device_with_all_they_are_made_of():
+    for case in (case for cases in CASES.values() for case in cases):
+        for name, value in case.args(device="meta").items():
+            device = getattr(value, "device", None)  # a mask has one too
+            assert device is None or device.type == "meta", f"{case.op} {case.id}: {name} stays on {device}"
+
+
 def _flat(out, args, case):
     return (*(out if isinstance(out, tuple) else (out,)), *(args[n] for n in case.mutates))
 
