@@ -289,13 +289,11 @@ def main():
     if options.peak:
         return print_peak(options.peak[0], options.peak[1], int(options.peak[2]))
     print("# Scans of a grid on a CPU\n")
+    print("`python benchmarks/ops/bench_scan2d.py`: float32, one thread, batch 1, forward without gradients.")
+    print(f"Times are the least of {options.samples} interleaved samples of CPU time (whole mixers 3, connectors 1),")
     print(
-        "`python benchmarks/ops/bench_scan2d.py`: float32, one thread, batch 1, forward without gradients; the least of"
+        "results checked against each other first. Peaks are beyond inputs and parameters, in a process of their own.\n"
     )
-    print(
-        f"{options.samples} interleaved samples of CPU time, results checked against each other first. Peaks are beyond"
-    )
-    print("inputs and parameters, in a process of their own.\n")
     with torch.no_grad():
         mixing_table(options.samples)
         scan_table(options.samples)

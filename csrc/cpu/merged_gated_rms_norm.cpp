@@ -1,5 +1,5 @@
 // out = c sum over scans k of w v_k / rms(v_k), v_k = y_k silu(z), rms(v)^2 = mean(v^2) + eps over groups of channels.
-// The gradients are derived in csrc/../mmkernels/ops/scan2d/README.md.
+// The gradients are derived in the op's README.
 //
 // A task owns whole tokens: y and z are read from memory once, silu(z) is computed once for all scans, and the sum stays
 // in L1 until it is complete.  Scans are added first to last.
