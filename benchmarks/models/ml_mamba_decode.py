@@ -1,6 +1,6 @@
 """Decoding behind an image and a long conversation: tokens a second and cache bytes, ML-Mamba and a transformer.
 
-    python benchmarks/models/ml_mamba_decode.py                    about three minutes on two cores
+    python benchmarks/models/ml_mamba_decode.py                    about two minutes; use one thread on a busy machine
     python benchmarks/models/ml_mamba_decode.py --contexts 729 4096 --size 370m
 
 All have random weights in the same dtype, preallocated caches filled with noise, weights on large pages, products of
