@@ -6,6 +6,7 @@ from mmkernels.layers.multi_directional import MultiDirectionalMamba2
 from mmkernels.layers.norm import GatedRMSNorm
 from mmkernels.layers.placement import Placement, place_for_decode
 from mmkernels.layers.scan_connector import Mamba2ScanConnector
+from mmkernels.layers.vision_scans import SS2DMamba2, VimMamba2
 
 __all__ = [
     "GatedRMSNorm",
@@ -15,5 +16,7 @@ __all__ = [
     "Mamba2ScanConnector",
     "MultiDirectionalMamba2",
     "Placement",
+    "SS2DMamba2",
+    "VimMamba2",
     "place_for_decode",
 ]
