@@ -26,7 +26,8 @@ std::vector<ConvPiece> pieces(int64_t first, int64_t padding, int64_t step) {
   return list;
 }
 
-void convolution(Storage storage, int64_t dim, int64_t width, int64_t first, int64_t padding, int64_t step) {
+void convolution(Storage storage, int64_t dim, int64_t width, int64_t first, int64_t padding, int64_t step,
+                 bool ordered = false) {
   const Storage wide = storage == Storage::f64 ? Storage::f64 : Storage::f32;
   const int64_t history = width - 1, states = 2 * dim * history;
   const auto x = values(storage, kTokens * dim), grad = values(storage, kTokens * dim);
@@ -40,6 +41,9 @@ void convolution(Storage storage, int64_t dim, int64_t width, int64_t first, int
   f.dim = dim;
   f.width = width;
   f.step = step;
+  std::vector<int64_t> order(kRow);  // every token once, neighbours apart
+  for (int64_t p = 0; p < kRow; ++p) order[p] = p % 2 == 0 ? kRow - 1 - p / 2 : p / 2;
+  if (ordered) f.order = order.data();
   f.pieces = list.data();
   f.piece_count = static_cast<int64_t>(list.size());
   f.silu = true;
@@ -103,6 +107,7 @@ int main(int, char** arguments) {
     for (int64_t width : {1, 2, 3, 4, 7}) {
       for (int64_t dim : {1, 37, 300}) {
         convolution(storage, dim, width, kRow, 0, 1);
+        if (dim != 300) convolution(storage, dim, width, kRow, 0, 1, true);
         convolution(storage, dim, width, 2, 5, 1);
         convolution(storage, dim, width, 66, 1, -1);
         for (Storage states : {Storage::f32, Storage::bf16, Storage::f16, Storage::f64}) {

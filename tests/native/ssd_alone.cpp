@@ -31,7 +31,15 @@ SsdIn dense(const void* data, int64_t seqlen, int64_t heads, int64_t width) {
   return {data, seqlen * heads * width, heads * width, width};
 }
 
-void scan(Storage storage, const Sizes& s, Packing packing, bool reverse, bool everything, int64_t blocks) {
+// Positions as tokens: every one once, no two neighbours side by side.
+std::vector<int64_t> shuffled(int64_t n) {
+  std::vector<int64_t> order(n);
+  for (int64_t p = 0; p < n; ++p) order[p] = p % 2 == 0 ? n - 1 - p / 2 : p / 2;
+  return order;
+}
+
+void scan(Storage storage, const Sizes& s, Packing packing, bool reverse, bool everything, int64_t blocks,
+          bool ordered = false) {
   const Storage wide = storage == Storage::f64 ? Storage::f64 : Storage::f32;
   const SsdPlan plan = plan_of(s, packing, reverse, everything);
   const int64_t rows = static_cast<int64_t>(plan.rows.size()), tokens = s.batch * s.seqlen;
@@ -55,6 +63,8 @@ void scan(Storage storage, const Sizes& s, Packing packing, bool reverse, bool e
   f.row = plan.rows.data(), f.chunk = plan.chunks.data();
   f.direction = reverse ? -1 : 1, f.batch_tokens = s.seqlen;
   f.head_blocks = blocks;
+  const std::vector<int64_t> order = shuffled(s.seqlen);
+  if (ordered) f.order = order.data();
   f.x = dense(x.data(), s.seqlen, s.heads, s.headdim);
   f.B = dense(B.data(), s.seqlen, s.groups, s.dstate), f.C = dense(C.data(), s.seqlen, s.groups, s.dstate);
   f.dt = dense(dt.data(), s.seqlen, s.heads, 1);
@@ -99,6 +109,38 @@ void scan(Storage storage, const Sizes& s, Packing packing, bool reverse, bool e
   }
 }
 
+// The forward that convolves x as it reads it, along an order.
+void convolved(Storage storage, const Sizes& s, int64_t width, bool bias) {
+  const Storage wide = storage == Storage::f64 ? Storage::f64 : Storage::f32;
+  const SsdPlan plan = plan_of(s, Packing::none, false, false);
+  const int64_t tokens = s.batch * s.seqlen, channels = s.heads * s.headdim;
+  const auto x = values(storage, tokens * channels), B = values(storage, tokens * s.groups * s.dstate), C = B;
+  const auto dt = values(wide, tokens * s.heads);
+  std::vector<unsigned char> rates(s.heads * bytes_of(wide));  // zeros: nothing is forgotten
+  const auto taps = values(wide, width * channels), biases = values(wide, channels);
+  const std::vector<int64_t> order = shuffled(s.seqlen);
+  SsdForward f;
+  f.storage = storage;
+  f.seqlen = s.seqlen, f.heads = s.heads, f.groups = s.groups, f.headdim = s.headdim, f.dstate = s.dstate;
+  f.rows = static_cast<int64_t>(plan.rows.size()), f.most_chunks = plan.most_chunks;
+  f.chunk_tokens = plan.chunk_tokens;
+  f.row = plan.rows.data(), f.chunk = plan.chunks.data();
+  f.direction = 1, f.batch_tokens = s.seqlen, f.head_blocks = 1;
+  f.order = order.data();
+  f.x = dense(x.data(), s.seqlen, s.heads, s.headdim);
+  f.B = dense(B.data(), s.seqlen, s.groups, s.dstate), f.C = dense(C.data(), s.seqlen, s.groups, s.dstate);
+  f.dt = dense(dt.data(), s.seqlen, s.heads, 1);
+  f.A = rates.data(), f.D = nullptr, f.dt_bias = nullptr;
+  f.D_per_channel = false, f.softplus = true, f.dt_low = 0, f.dt_high = 1e-3;
+  f.initial = nullptr, f.final = nullptr;
+  f.conv.width = width, f.conv.channels = channels, f.conv.silu = true;
+  f.conv.taps = taps.data(), f.conv.bias = bias ? biases.data() : nullptr;
+  auto y = unwritten(storage, tokens * channels);
+  f.y = y.data(), f.y_arithmetic = false;
+  ssd_fwd(f);
+  require_numbers("y of a convolved scan", storage, y);
+}
+
 }  // namespace
 
 int main(int, char** arguments) {
@@ -110,6 +152,12 @@ int main(int, char** arguments) {
       scan(storage, {1, 70, 5, 1, 17, 33}, Packing::none, reverse, true, 3);
       scan(storage, {1, 130, 4, 2, 16, 8}, Packing::offsets, reverse, true, 1);
       scan(storage, {2, 41, 3, 3, 7, 16}, Packing::ids, reverse, true, 1);
+    }
+    scan(storage, {2, 41, 3, 3, 7, 16}, Packing::none, false, true, 1, true);
+    scan(storage, {1, 150, 2, 1, 17, 9}, Packing::none, false, false, 2, true);
+    for (int64_t width : {1, 2, 4, 7}) {
+      convolved(storage, {2, 3, 2, 1, 5, 3}, width, false);
+      convolved(storage, {1, 150, 2, 2, 17, 9}, width, true);
     }
   }
   std::puts("ok");

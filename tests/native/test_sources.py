@@ -77,6 +77,12 @@ def test_poison_reaches_memory_allocated_in_cpp(compile_cpp):
     assert not torch.are_deterministic_algorithms_enabled()
 
 
+def test_every_kernel_has_a_driver():
+    ops = tuple(path.stem.removesuffix("_alone") for path in HERE.glob("*_alone.cpp"))
+    lacking = [source for source in WORDS["MMK_KERNEL_SOURCES"] if not Path(source).stem.startswith(ops)]
+    assert not lacking, f"no <op>_alone.cpp runs {', '.join(lacking)} under the sanitizers"
+
+
 @pytest.mark.slow  # the sanitizers multiply the compiler's work
 @pytest.mark.parametrize("driver", sorted(HERE.glob("*_alone.cpp")), ids=lambda path: path.stem)
 def test_kernels_under_sanitizers(driver, tmp_path):
