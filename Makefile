@@ -13,10 +13,10 @@ demo: $(VENV)/.ready-demo
 	$(BIN)/mmkernels demo --out out
 
 test: $(VENV)/.ready-test
-	$(BIN)/python -m pytest -n auto
+	$(BIN)/python -m pytest -n auto --dist worksteal
 
 fast: $(VENV)/.ready-test
-	$(BIN)/python -m pytest -n auto -m "not slow"
+	$(BIN)/python -m pytest -n auto --dist worksteal -m "not slow"
 
 check: $(VENV)/.ready-dev lint types test docs packaging
 

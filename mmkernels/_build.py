@@ -207,9 +207,7 @@ def compile_library(plan: Plan, workspace: Path, kept_objects: Path | None = Non
     def compile_step(step: Step) -> Path:
         if kept_objects is None:
             return _compile(plan, step, workspace)
-        facts = " ".join([*plan.compiler, plan.compiler_version, *step.flags]).replace(str(plan.root), ".")
-        read = [path.read_bytes() for path in included_files(plan.root, step.source)]
-        kept = kept_objects / f"{_digest(facts.encode(), *read)}.o"
+        kept = kept_objects / f"{object_key(plan, step)}.o"
         if kept.exists():
             os.utime(kept)  # in use: not to be swept out
         else:
@@ -228,6 +226,13 @@ def compile_library(plan: Plan, workspace: Path, kept_objects: Path | None = Non
         "levels": list(plan.levels),
         "seconds": round(time.perf_counter() - started, 1),
     }
+
+
+def object_key(plan: Plan, step: Step) -> str:
+    """Hash of all that makes an object file: compiler, flags, and the files it reads."""
+    facts = " ".join([*plan.compiler, plan.compiler_version, *step.flags]).replace(str(plan.root), ".")
+    read = [path.read_bytes() for path in included_files(plan.root, step.source)]
+    return _digest(facts.encode(), *read)
 
 
 def included_files(root: Path, source: str) -> list[Path]:

@@ -152,9 +152,13 @@ def orders_of(scans: tuple[Scan, ...], height: int, width: int) -> Tensor:
     return _known_orders[key]
 
 
-@torch.compiler.assume_constant_result  # a compiler need not trace the path, only know it
 def _cells(kind: str, window: int, reverse: bool, height: int, width: int) -> list[int]:
     return _remembered_cells(kind, window, reverse, height, width)
+
+
+# A compiler need not trace the path, only know it.  What torch.compiler.assume_constant_result sets; calling it would
+# import the whole compiler.
+_cells._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @lru_cache(maxsize=256)
