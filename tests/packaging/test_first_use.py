@@ -1,7 +1,7 @@
 """Compiling at first use: once however many processes ask, whatever died before, and with a reason when it cannot be.
 
-A stand-in compiler counts its calls and compiles a tiny source list with the real one, so that seconds suffice; the real
-list is compiled by the set-up of the test run itself.
+A stand-in compiler counts its calls and compiles a tiny source list with the real one, so that seconds suffice.
+The real list is compiled by the set-up of the test run itself.
 """
 
 import ctypes
