@@ -95,4 +95,4 @@ def pytest_terminal_summary(terminalreporter):
         for backend, status in table[op].items():
             ran = _RAN.get((op, backend), 0)
             what = f"verified by {ran} contract checks" if ran else "no contract check ran"
-            terminalreporter.write_line(f"{op:<22}{backend:<11}{what}" + ("" if status == "ready" else f" - {status}"))
+            terminalreporter.write_line(f"{op:<25}{backend:<11}{what}" + ("" if status == "ready" else f" - {status}"))

@@ -13,7 +13,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the subcommand; needs neither torch's ops nor any peer."""
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--quick", action="store_true", help="every op once at one small layer: under 90 seconds")
-    size.add_argument("--full", action="store_true", help="every shape, length, dtype and peer: about 20 minutes")
+    size.add_argument("--full", action="store_true", help="every shape, length, dtype and peer: most of an hour")
     parser.add_argument("--ops", type=names, help="parts, e.g. ssd_scan,mixer,memory,first_call; default: all")
     parser.add_argument(
         "--shapes", type=names, help="layers: 130m,1.3b,2.7b,mmmamba; prompts: aki,bidir,kv-cache; images: clip-l"
@@ -24,7 +24,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--threads", type=numbers, help="e.g. 1,2; default: as the plan has it, from torch's own number"
     )
     parser.add_argument("--out", type=Path, default=Path("out/bench"), help="folder for results.json, report and plots")
-    parser.add_argument("--again", action="store_true", help="measure anew what the folder has already")
+    parser.add_argument(
+        "--again", action="store_true", help="measure anew what is asked for and the folder has already"
+    )
 
 
 def names(text: str) -> list[str]:

@@ -129,6 +129,7 @@ def race(
     rounds: int = 5,
     extra: int = 3,
     budget: float = 30.0,
+    patience: float = 0.0,
     shortest: float = 0.1,
     processors: int | None = None,
 ) -> dict[str, Timing]:
@@ -140,7 +141,8 @@ def race(
         rounds: clean samples wanted of each.
         extra: more rounds for those who lack clean samples.
         budget: seconds for all.  A contestant that has used its share stops at one clean sample or more, so that a
-            slow one neither starves the others nor goes missing; past the budget nobody waits for clean samples.
+            slow one neither starves the others nor goes missing; past the budget it does not wait for a clean one.
+        patience: seconds of each contestant at least, so that calls of a second are sampled more than once.
         shortest: seconds of one sample.
         processors: of the machine; default: as many as there are.
 
@@ -149,12 +151,12 @@ def race(
     """
     taken: dict[str, list[Sample]] = {name: [] for name in samplers}
     used = dict.fromkeys(samplers, 0.0)
-    share, began = budget / max(1, len(samplers)), time.perf_counter()
+    share, began = max(patience, budget / max(1, len(samplers))), time.perf_counter()
     for turn in range(rounds + extra):
         for name, sampler in samplers.items():
             clean = sum(s.clean(threads, processors) for s in taken[name])
-            late = time.perf_counter() - began > budget
-            if clean >= rounds or (used[name] > share and (clean or turn >= rounds)) or (late and taken[name]):
+            late = time.perf_counter() - began > share * len(samplers)
+            if clean >= rounds or (used[name] > share and (clean or late or turn >= rounds)):
                 continue
             started = time.perf_counter()
             taken[name].append(sampler(shortest))

@@ -27,6 +27,7 @@ class Plan:
         without: contestants left out.
         rounds: clean samples of each contestant.
         budget: seconds for one race.
+        patience: seconds for each contestant of a race, at least.
         shortest: seconds of one sample.
     """
 
@@ -36,6 +37,7 @@ class Plan:
     without: frozenset[str] = frozenset()
     rounds: int = 5
     budget: float = 8.0
+    patience: float = 0.0
     shortest: float = 0.1
 
 
@@ -89,7 +91,7 @@ def usual(threads: int) -> Plan:
 
 
 def full(threads: int) -> Plan:
-    """The tables of benchmarks/results: every shape and length where it says something new, about 20 minutes."""
+    """The tables of benchmarks/results: every shape and length where it says something new; most of an hour."""
     every, both = LAYERS, thread_counts(threads)
     one = both[:-1]  # nothing on a machine with one processor
     scan = [
@@ -138,7 +140,8 @@ def full(threads: int) -> Plan:
         *_cells("ssd_scan", ("130m",), (512,), ("float32",), (threads,), backward=True),
         *_cells("causal_conv1d", ("2.7b",), (2048,), ("float32",), (threads,)),
     )
-    return Plan(tuple(scan + streams + decode + mixer + attention + pruned), memory, _first_calls(threads, tuple(OPS)))
+    cells = tuple(scan + streams + decode + mixer + attention + pruned)
+    return Plan(cells, memory, _first_calls(threads, tuple(OPS)), patience=4.0)
 
 
 def asked(

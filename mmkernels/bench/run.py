@@ -27,24 +27,33 @@ _PACKAGES = ("torch", "transformers", "llama_cpp_python", "triton", "numpy")
 
 
 class Results:
-    """results.json: what has been measured so far, written anew and whole after every race."""
+    """results.json: what has been measured so far, written anew and whole after every race.
+
+    With `again` nothing counts as measured until this run has measured it; results of other cells stay, if they come
+    from this machine and these versions.
+    """
 
     def __init__(self, folder: Path, *, again: bool = False):
-        self.folder, self.path = folder, folder / "results.json"
+        self.folder, self.path, self.again = folder, folder / "results.json", again
+        self.measured: set[tuple[str, str]] = set()
         self.content: dict[str, Any] = {
             "format": FORMAT, "machine": machine(), "commands": [], "races": {}, "memory": {}, "first_call": {}
         }  # fmt: skip
-        if self.path.exists() and not again:
+        if self.path.exists():
             self._continue()
 
     def _continue(self) -> None:
         try:
             earlier = json.loads(self.path.read_text(encoding="utf-8"))
         except json.JSONDecodeError as error:
+            if self.again:
+                return
             raise ConfigError(
                 f"bench: {self.path} must hold results; got no JSON ({error}). Delete it or pass --again."
             ) from error
         if earlier.get("format") != FORMAT or earlier.get("machine") != self.content["machine"]:
+            if self.again:
+                return
             raise ConfigError(
                 f"bench: {self.path} must come from this machine and these versions to be continued; got "
                 f"{earlier.get('machine')}. Pass --again to start anew, or another --out."
@@ -65,13 +74,14 @@ class Results:
             self.save()
 
     def has(self, section: str, cell: Cell) -> bool:
-        """Whether that was measured already."""
-        return cell.id in self.content[section]
+        """Whether that was measured already; with `again`, in this run."""
+        return (section, cell.id) in self.measured if self.again else cell.id in self.content[section]
 
     def add(self, section: str, cell: Cell, found: dict[str, Any]) -> None:
         """Keep and save one result."""
         today = datetime.datetime.now(datetime.UTC).date().isoformat()
         self.content[section][cell.id] = {"cell": dataclasses.asdict(cell), "date": today, **found}
+        self.measured.add((section, cell.id))
         self.save()
 
 
@@ -156,7 +166,14 @@ def run_race(cell: Cell, plan: Plan, tuned: list[Worker]) -> dict[str, Any]:
             run = limits.limit(name)
             run()
             samplers[f"limit {name}"] = local_sampler(run)
-        timings = race(samplers, threads=cell.threads, rounds=plan.rounds, budget=plan.budget, shortest=plan.shortest)
+        timings = race(
+            samplers,
+            threads=cell.threads,
+            rounds=plan.rounds,
+            budget=plan.budget,
+            patience=plan.patience,
+            shortest=plan.shortest,
+        )
     for name in entries:
         if name in timings:
             entries[name] |= _facts(timings[name])

@@ -43,6 +43,13 @@ def test_a_small_race_end_to_end_and_again(tmp_path, capsys):
     assert len(second["commands"]) == 2
     assert "## gated_rms_norm" in capsys.readouterr().out
 
+    # --again measures what is asked for once more and keeps the rest
+    assert main([*SMALL, "--ops", "gated_rms_norm", "--out", str(tmp_path), "--again"]) == 0
+    third = json.loads((tmp_path / "results.json").read_text())
+    changed = [key for key in second["races"] if third["races"][key] != second["races"][key]]
+    assert third["races"].keys() == second["races"].keys()
+    assert changed == ["gated_rms_norm/training/20/float32/1T/forward"]
+
 
 def test_results_of_another_machine_are_not_mixed_in(tmp_path, capsys):
     results = run.Results(tmp_path)

@@ -108,6 +108,14 @@ def test_a_slow_contestant_neither_starves_the_others_nor_goes_missing(clock):
     assert found["fast"].samples == 4
 
 
+def test_patience_gives_calls_of_seconds_more_than_one_sample(clock):
+    contestants = {"slow": lasting(clock, 14.0), "ours": lasting(clock, 1.5)}
+    assert race(contestants, threads=1, budget=8.0, processors=2)["ours"].samples == 3  # its half of the budget
+    assert race(contestants, threads=1, budget=2.0, processors=2)["ours"].samples == 1
+    found = race(contestants, threads=1, budget=2.0, patience=4.0, processors=2)
+    assert (found["slow"].samples, found["ours"].samples) == (1, 3)
+
+
 def test_past_the_budget_everybody_has_a_sample_and_nobody_waits_for_clean_ones(clock):
     contestants = {name: lasting(clock, 4.0, DIRTY) for name in "abc"}
     found = race(contestants, threads=2, rounds=3, extra=3, budget=10.0, processors=2)
