@@ -119,6 +119,23 @@ STABLE_TORCH_LIBRARY(mmkernels, m) {
       "prune_tokens_fwd(Tensor features, Tensor scores, Tensor? mask, Tensor? position_ids, Tensor? counts, int width, "
       "int total) -> (Tensor tokens, Tensor keep_indices, Tensor position_ids, Tensor mask, Tensor cu_seqlens)");
 
+  // Which tokens are alike, and their means: a plan (keep_indices, assignment, source) and what it makes of x.
+  m.def(
+      "bipartite_soft_matching(Tensor metric, int r, int protect, bool sets) "
+      "-> (Tensor keep_indices, Tensor assignment, Tensor source, Tensor similarity)");
+  m.def(
+      "bipartite_soft_matching_fwd(Tensor metric, int r, int protect, bool sets) "
+      "-> (Tensor keep_indices, Tensor assignment, Tensor source, Tensor similarity)");
+  m.def(
+      "merge_tokens(Tensor x, Tensor keep_indices, Tensor assignment, Tensor source, Tensor? sizes) "
+      "-> (Tensor tokens, Tensor totals)");
+  m.def(
+      "merge_tokens_fwd(Tensor x, Tensor keep_indices, Tensor assignment, Tensor source, Tensor? sizes) "
+      "-> (Tensor tokens, Tensor totals)");
+  m.def(
+      "merge_tokens_bwd(Tensor grad_tokens, Tensor grad_totals, Tensor x, Tensor keep_indices, Tensor assignment, "
+      "Tensor source, Tensor? sizes, Tensor totals) -> (Tensor grad_x, Tensor grad_sizes)");
+
   // One token of a whole block; an empty residual sum where there is no norm_weight.
   m.def(
       "mamba2_step(Tensor hidden, Tensor(a!) conv_state, Tensor(b!) ssm_state, Tensor in_weight, Tensor conv_weight, "

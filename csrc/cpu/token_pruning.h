@@ -58,6 +58,61 @@ struct PruneTokens {
   uint8_t* kept_mask;
 };
 
+// Which tokens are alike: a token at an even place is linked to that at an odd place of the largest cosine.
+struct BipartiteMatching {
+  Storage storage;  // of metric
+  int64_t batch, tokens, dim;
+  int64_t merged;   // links that are made, at most half of the tokens behind the protected ones
+  int64_t protect;  // leading tokens that are in neither set
+  bool sets;        // what remains is listed with even places first
+  const void* metric;  // rows of dim dense elements
+  int64_t batch_stride, row_stride;
+  // Workspace of the arithmetic type: unit vectors of even places (batch, even places, dim); those of odd ones (batch,
+  // dim, odd places rounded up to kMatchingColumns); of each even place the best cosine, and whose it is.
+  void *even, *odd, *cosine;
+  int64_t* link;
+  // Outputs, dense; similarity of the arithmetic type.
+  int64_t *keep_indices, *assignment, *source;  // (batch, tokens - merged), (batch, tokens), (batch, merged)
+  void* similarity;                             // (batch, merged)
+};
+inline constexpr int64_t kMatchingColumns = 64;  // a multiple of every level's tile
+
+// A plan of merging: what remains, where each token ends up, and what is merged, all of them in range and dense.
+struct MergePlan {
+  int64_t batch, tokens, width, merged;
+  const int64_t *keep_indices, *assignment, *source;  // (batch, width), (batch, tokens), (batch, merged)
+};
+
+struct MergeTokens {
+  Storage storage;  // of x and out; sizes and totals are of the arithmetic type and dense
+  MergePlan plan;
+  int64_t dim;
+  const void* x;
+  int64_t batch_stride, row_stride;
+  const void* sizes;  // (batch, tokens); null: 1
+  int64_t *first, *next;  // workspace, (batch, width) and (batch, merged): what is merged into each slot
+  void* out;              // (batch, width, dim), dense
+  void* totals;           // (batch, width)
+};
+
+struct MergeTokensGradient {
+  Storage storage;
+  MergePlan plan;
+  int64_t dim;
+  const void* grad_out;     // (batch, width, dim), dense
+  const void* grad_totals;  // (batch, width) of the arithmetic type, dense
+  const void* x;
+  int64_t batch_stride, row_stride;
+  const void* sizes;   // as above; null: no gradient of sizes either
+  const void* totals;  // as above
+  void *products, *pull;  // workspace of the arithmetic type, (batch, merged) and (batch, width)
+  void* grad_x;           // (batch, tokens, dim), dense
+  void* grad_sizes;       // (batch, tokens) of the arithmetic type, dense; unused without sizes
+};
+
+MMK_KERNEL(bipartite_soft_matching, BipartiteMatching)
+MMK_KERNEL(merge_tokens, MergeTokens)
+MMK_KERNEL(merge_tokens_bwd, MergeTokensGradient)
 MMK_KERNEL(cls_attention_scores, ClsAttentionScores)
 MMK_KERNEL(attention_column_scores, AttentionColumns)
 MMK_KERNEL(prune_tokens, PruneTokens)

@@ -188,6 +188,136 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> prune(const Tensor& features_
   return {kept, indices, positions, kept_mask, int32_of(starts)};
 }
 
+std::tuple<Tensor, Tensor, Tensor, Tensor> matching(const Tensor& metric_, int64_t r, int64_t protect, bool sets) {
+  STD_TORCH_CHECK(metric_.dim() == 3, "bipartite_soft_matching: metric must be (batch, tokens, dim)");
+  const Tensor metric = dense_last(metric_);
+  BipartiteMatching call;
+  call.storage = storage_of(metric, "metric");
+  const ScalarType arithmetic = arithmetic_of(call.storage);
+  call.batch = metric.size(0), call.tokens = metric.size(1), call.dim = metric.size(2);
+  STD_TORCH_CHECK(0 <= protect && protect <= call.tokens && 0 <= r && r <= (call.tokens - protect) / 2,
+                  "bipartite_soft_matching: r or protect is out of range");
+  call.merged = r;
+  call.protect = protect;
+  call.sets = sets;
+  call.metric = metric.const_data_ptr();
+  call.batch_stride = metric.stride(0), call.row_stride = metric.stride(1);
+  const int64_t rows = (call.tokens + 1) / 2 - (protect + 1) / 2, columns = call.tokens / 2 - protect / 2;
+  const int64_t room = (columns + kMatchingColumns - 1) / kMatchingColumns * kMatchingColumns;
+  const int64_t working = r > 0 ? call.batch : 0;
+  Tensor even = empty({working, rows, call.dim}, arithmetic), odd = empty({working, call.dim, room}, arithmetic);
+  Tensor cosine = empty({working, rows}, arithmetic), link = empty({working, rows}, ScalarType::Long);
+  Tensor keep_indices = empty({call.batch, call.tokens - r}, ScalarType::Long);
+  Tensor assignment = empty({call.batch, call.tokens}, ScalarType::Long);
+  Tensor source = empty({call.batch, r}, ScalarType::Long);
+  Tensor similarity = empty({call.batch, r}, arithmetic);
+  call.even = even.mutable_data_ptr();
+  call.odd = odd.mutable_data_ptr();
+  call.cosine = cosine.mutable_data_ptr();
+  call.link = static_cast<int64_t*>(link.mutable_data_ptr());
+  call.keep_indices = static_cast<int64_t*>(keep_indices.mutable_data_ptr());
+  call.assignment = static_cast<int64_t*>(assignment.mutable_data_ptr());
+  call.source = static_cast<int64_t*>(source.mutable_data_ptr());
+  call.similarity = similarity.mutable_data_ptr();
+  bipartite_soft_matching(call);
+  return {keep_indices, assignment, source, similarity};
+}
+
+// A plan's indices, dense and in range: a plan may come from anywhere, and kernels do not look where they are sent.
+struct PlanTensors {
+  Tensor keep_indices, assignment, source;
+  MergePlan plan;
+
+  static Tensor checked(const Tensor& tensor, int64_t batch, int64_t end, const char* name) {
+    STD_TORCH_CHECK(tensor.dim() == 2 && tensor.size(0) == batch && tensor.scalar_type() == ScalarType::Long,
+                    "merge_tokens: ", name, " must be a matrix of int64, one row a sample");
+    Tensor dense = torch::stable::contiguous(tensor);
+    const int64_t* values = static_cast<const int64_t*>(dense.const_data_ptr());
+    for (int64_t i = 0; i < dense.numel(); ++i) {
+      STD_TORCH_CHECK(0 <= values[i] && values[i] < end, "merge_tokens: ", name, " must be in 0 .. ", end - 1, "; got ",
+                      values[i]);
+    }
+    return dense;
+  }
+
+  PlanTensors(const Tensor& x, const Tensor& keep_, const Tensor& assignment_, const Tensor& source_)
+      : keep_indices(checked(keep_, x.size(0), x.size(1), "keep_indices")),
+        assignment(checked(assignment_, x.size(0), keep_.size(1), "assignment")),
+        source(checked(source_, x.size(0), x.size(1), "source")) {
+    STD_TORCH_CHECK(assignment.size(1) == x.size(1), "merge_tokens: assignment must have one place a token");
+    const auto data = [](const Tensor& tensor) { return static_cast<const int64_t*>(tensor.const_data_ptr()); };
+    plan = {x.size(0),          x.size(1),        keep_indices.size(1), source.size(1),
+            data(keep_indices), data(assignment), data(source)};
+  }
+};
+
+// Sizes of tokens, or whatever else a plan's tokens have one of, dense and in the arithmetic type.
+MaybeTensor weights_of(const MaybeTensor& weights, int64_t batch, int64_t tokens, ScalarType arithmetic) {
+  if (!weights) return std::nullopt;
+  STD_TORCH_CHECK(weights->dim() == 2 && weights->size(0) == batch && weights->size(1) == tokens,
+                  "merge_tokens: sizes or totals have another shape");
+  return parameter_of(*weights, arithmetic);
+}
+
+std::tuple<Tensor, Tensor> merging(const Tensor& x_, const Tensor& keep_indices, const Tensor& assignment,
+                                   const Tensor& source, const MaybeTensor& sizes_) {
+  STD_TORCH_CHECK(x_.dim() == 3, "merge_tokens: x must be (batch, tokens, dim)");
+  const Tensor x = dense_last(x_);
+  const PlanTensors tensors(x, keep_indices, assignment, source);
+  MergeTokens call;
+  call.storage = storage_of(x, "x");
+  call.plan = tensors.plan;
+  const ScalarType arithmetic = arithmetic_of(call.storage);
+  const int64_t batch = call.plan.batch, width = call.plan.width;
+  call.dim = x.size(2);
+  call.x = x.const_data_ptr();
+  call.batch_stride = x.stride(0), call.row_stride = x.stride(1);
+  const MaybeTensor sizes = weights_of(sizes_, batch, call.plan.tokens, arithmetic);
+  call.sizes = sizes ? sizes->const_data_ptr() : nullptr;
+  Tensor first = empty({batch, width}, ScalarType::Long), next = empty({batch, call.plan.merged}, ScalarType::Long);
+  Tensor out = empty({batch, width, call.dim}, x.scalar_type()), totals = empty({batch, width}, arithmetic);
+  call.first = static_cast<int64_t*>(first.mutable_data_ptr());
+  call.next = static_cast<int64_t*>(next.mutable_data_ptr());
+  call.out = out.mutable_data_ptr();
+  call.totals = totals.mutable_data_ptr();
+  merge_tokens(call);
+  return {out, totals};
+}
+
+std::tuple<Tensor, Tensor> merging_backward(const Tensor& grad_tokens, const Tensor& grad_totals_, const Tensor& x_,
+                                            const Tensor& keep_indices, const Tensor& assignment, const Tensor& source,
+                                            const MaybeTensor& sizes_, const Tensor& totals_) {
+  const Tensor x = dense_last(x_), grad = torch::stable::contiguous(grad_tokens);
+  const PlanTensors tensors(x, keep_indices, assignment, source);
+  MergeTokensGradient call;
+  call.storage = storage_of(x, "x");
+  call.plan = tensors.plan;
+  const ScalarType arithmetic = arithmetic_of(call.storage);
+  const int64_t batch = call.plan.batch, tokens = call.plan.tokens, width = call.plan.width;
+  call.dim = x.size(2);
+  STD_TORCH_CHECK((sizes_of(grad) == std::vector<int64_t>{batch, width, call.dim}) &&
+                      grad.scalar_type() == x.scalar_type(),
+                  "merge_tokens: the gradient must be that of the merged tokens");
+  const MaybeTensor sizes = weights_of(sizes_, batch, tokens, arithmetic);
+  const MaybeTensor grad_totals = weights_of(grad_totals_, batch, width, arithmetic);
+  const MaybeTensor totals = weights_of(totals_, batch, width, arithmetic);
+  call.grad_out = grad.const_data_ptr();
+  call.grad_totals = grad_totals->const_data_ptr();
+  call.x = x.const_data_ptr();
+  call.batch_stride = x.stride(0), call.row_stride = x.stride(1);
+  call.sizes = sizes ? sizes->const_data_ptr() : nullptr;
+  call.totals = totals->const_data_ptr();
+  Tensor products = empty({batch, call.plan.merged}, arithmetic), pull = empty({batch, width}, arithmetic);
+  Tensor grad_x = empty({batch, tokens, call.dim}, x.scalar_type());
+  Tensor grad_sizes = empty(sizes ? std::vector<int64_t>{batch, tokens} : std::vector<int64_t>{0}, arithmetic);
+  call.products = products.mutable_data_ptr();
+  call.pull = pull.mutable_data_ptr();
+  call.grad_x = grad_x.mutable_data_ptr();
+  call.grad_sizes = grad_sizes.mutable_data_ptr();
+  merge_tokens_bwd(call);
+  return {grad_x, grad_sizes};
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(mmkernels, CPU, m) {
@@ -197,6 +327,11 @@ STABLE_TORCH_LIBRARY_IMPL(mmkernels, CPU, m) {
   m.impl("attention_column_scores_fwd", TORCH_BOX(&column_scores));
   m.impl("prune_tokens", TORCH_BOX(&prune));
   m.impl("prune_tokens_fwd", TORCH_BOX(&prune));
+  m.impl("bipartite_soft_matching", TORCH_BOX(&matching));
+  m.impl("bipartite_soft_matching_fwd", TORCH_BOX(&matching));
+  m.impl("merge_tokens", TORCH_BOX(&merging));
+  m.impl("merge_tokens_fwd", TORCH_BOX(&merging));
+  m.impl("merge_tokens_bwd", TORCH_BOX(&merging_backward));
 }
 
 }  // namespace mmkernels

@@ -182,6 +182,13 @@ def _matching(batch: int, tokens: int, dim: int, r: int, **options: Any) -> Buil
     )
 
 
+def _alike(generator: torch.Generator) -> Args:
+    """Signed unit vectors of few directions: cosines are -1, 0 and 1, exactly and often, in any dtype and any order."""
+    axis = torch.randint(0, 5, (2, 150), generator=generator)
+    sign = torch.randint(0, 2, (2, 150, 1), generator=generator) * 2.0 - 1.0
+    return {"metric": sign * torch.nn.functional.one_hot(axis, 5).double(), "r": 60}
+
+
 def _merging(batch: int, tokens: int, dim: int, r: int, *, sizes: bool = True, **options: Any) -> Build:
     def build(generator: torch.Generator) -> Args:
         from mmkernels.ops.token_pruning.merging import bipartite_soft_matching
@@ -206,6 +213,7 @@ register_cases(
             ("nothing", _matching(2, 5, 4, 0), False),
             ("nothing-sets", _matching(2, 5, 4, 0, order="sets"), False),
             ("odd", _matching(2, 71, 37, 30, protect=1), False),
+            ("ties", _alike, False),
             ("empty-batch", _matching(0, 6, 4, 2), False),
         )
     ),

@@ -53,6 +53,28 @@ def test_columns_error_bar(isa, dtype):
         assert_within(f"{seqlen} keys", scores, truth, dtype=torch.promote_types(dtype, torch.float32), terms=terms)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_matching_is_the_slow_one(isa, dtype):
+    # Places around vectors, panels of 8 to 64 columns and blocks of 24 rows; cosines that are far apart in any dtype.
+    for tokens, dim, protect, r in ((3, 1, 0, 1), (35, 7, 1, 17), (101, 33, 2, 20), (131, 16, 0, 65)):
+        metric = torch.randn(2, tokens, dim, generator=torch.Generator().manual_seed(tokens)).to(dtype)
+        views = metric.repeat(1, 2, 1)[:, 1 : 1 + tokens]
+        slow = mmkernels.bipartite_soft_matching(views.double(), r, protect=protect, order="sets", backend="torch")
+        with poisoned_allocations():
+            plan = mmkernels.bipartite_soft_matching(views, r, protect=protect, order="sets", backend="native")
+        assert torch.equal(plan.keep_indices, slow.keep_indices)
+        assert torch.equal(plan.assignment, slow.assignment)
+        torch.testing.assert_close(plan.similarity.double(), slow.similarity, rtol=1e-5, atol=1e-6)
+
+
+def test_a_plan_that_points_elsewhere_is_refused():
+    plan = mmkernels.bipartite_soft_matching(torch.randn(2, 6, 4), 2)
+    for name, wrong in (("keep_indices", 6), ("assignment", 4), ("source", -1)):
+        bent = plan._replace(**{name: getattr(plan, name).clone().index_fill_(1, torch.tensor([1]), wrong)})
+        with pytest.raises(RuntimeError, match=f"{name} must be in 0"):
+            mmkernels.merge_tokens(torch.randn(2, 6, 3), bent, backend="native")
+
+
 def test_bits_do_not_depend_on_the_number_of_threads(isa):
     made = score_inputs(torch.Generator().manual_seed(0), 3, 300, 8, 64)
     q, k = made["q"].float(), made["k"].float()
@@ -62,7 +84,10 @@ def test_bits_do_not_depend_on_the_number_of_threads(isa):
             torch.set_num_threads(threads)
             scores = mmkernels.cls_attention_scores(q, k, backend="native")
             columns = mmkernels.attention_column_scores(k, k, backend="native")
-            results.append((scores, columns, *mmkernels.prune_tokens(features, scores, num_keep=99, backend="native")))
+            kept = mmkernels.prune_tokens(features, scores, num_keep=99, backend="native")
+            plan = mmkernels.bipartite_soft_matching(features, 99, protect=1, backend="native")
+            merged = mmkernels.merge_tokens(features, plan, backend="native")
+            results.append((scores, columns, *kept, *plan, *merged))
     finally:
         torch.set_num_threads(before)
     for other in results[1:]:
@@ -104,3 +129,12 @@ def test_opcheck():
     torch.library.opcheck(ops.cls_attention_scores_fwd.default, (q, k, None, 0.5, 1, 1.0))
     seen = torch.ones(2, 5, dtype=torch.bool)
     torch.library.opcheck(ops.attention_column_scores_fwd.default, (q, k, None, 0.5, 1, None, seen, True))
+    # Compiling these is the contract's business: opcheck cannot add up outputs of which the first are int64.
+    quick = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(ops.bipartite_soft_matching_fwd.default, (features, 2, 1, False), test_utils=quick)
+    plan = mmkernels.bipartite_soft_matching(features.detach(), 2, backend="native")[:3]
+    weight = (torch.rand(2, 5) + 1).requires_grad_()
+    torch.library.opcheck(ops.merge_tokens_fwd.default, (features, *plan, weight), test_utils=quick)
+    merged, totals = ops.merge_tokens(features.detach(), *plan, weight.detach())
+    args = (merged, totals, features.detach(), *plan, None, totals)
+    torch.library.opcheck(ops.merge_tokens_bwd.default, args, test_utils=quick)

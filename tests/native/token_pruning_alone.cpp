@@ -87,6 +87,68 @@ void prune(bool wide, bool packed, bool masked, int64_t tokens, int64_t dim) {
   }
 }
 
+void require_plan(const MergePlan& plan) {
+  for (int64_t i = 0; i < plan.batch * plan.width; ++i) {
+    if (plan.keep_indices[i] < 0 || plan.keep_indices[i] >= plan.tokens) std::puts("what remains is wrong"), std::exit(1);
+  }
+  for (int64_t i = 0; i < plan.batch * plan.tokens; ++i) {
+    if (plan.assignment[i] < 0 || plan.assignment[i] >= plan.width) std::puts("a slot is wrong"), std::exit(1);
+  }
+  for (int64_t i = 0; i < plan.batch * plan.merged; ++i) {
+    if (plan.source[i] < 0 || plan.source[i] >= plan.tokens) std::puts("what is merged is wrong"), std::exit(1);
+  }
+}
+
+// Matches, merges by the plan, and takes the gradient.
+void merge(Storage storage, int64_t tokens, int64_t dim, int64_t protect, int64_t r, bool sets, bool sized) {
+  const int64_t batch = 2, width = tokens - r;
+  const Storage arithmetic = storage == Storage::f64 ? Storage::f64 : Storage::f32;
+  const int64_t rows = (tokens + 1) / 2 - (protect + 1) / 2, columns = tokens / 2 - protect / 2;
+  const int64_t room = (columns + kMatchingColumns - 1) / kMatchingColumns * kMatchingColumns;
+  const auto x = values(storage, batch * tokens * dim), sizes = values(arithmetic, batch * tokens);
+  auto even = unwritten(arithmetic, batch * rows * dim), odd = unwritten(arithmetic, batch * dim * room);
+  auto cosine = unwritten(arithmetic, batch * rows), similarity = unwritten(arithmetic, batch * r);
+  std::vector<int64_t> link(batch * rows, -7), keep(batch * width, -7), assignment(batch * tokens, -7);
+  std::vector<int64_t> source(batch * r, -7), first(batch * width, -7), next(batch * r, -7);
+  BipartiteMatching match;
+  match.storage = storage;
+  match.batch = batch, match.tokens = tokens, match.dim = dim;
+  match.merged = r, match.protect = protect, match.sets = sets;
+  match.metric = x.data(), match.batch_stride = tokens * dim, match.row_stride = dim;
+  match.even = even.data(), match.odd = odd.data(), match.cosine = cosine.data(), match.link = link.data();
+  match.keep_indices = keep.data(), match.assignment = assignment.data(), match.source = source.data();
+  match.similarity = similarity.data();
+  bipartite_soft_matching(match);
+  require_numbers("similarity", arithmetic, similarity);
+  const MergePlan plan = {batch, tokens, width, r, keep.data(), assignment.data(), source.data()};
+  require_plan(plan);
+
+  auto out = unwritten(storage, batch * width * dim), totals = unwritten(arithmetic, batch * width);
+  MergeTokens call;
+  call.storage = storage, call.plan = plan, call.dim = dim;
+  call.x = x.data(), call.batch_stride = tokens * dim, call.row_stride = dim;
+  call.sizes = sized ? sizes.data() : nullptr;
+  call.first = first.data(), call.next = next.data();
+  call.out = out.data(), call.totals = totals.data();
+  merge_tokens(call);
+  require_numbers("merged tokens", storage, out);
+  require_numbers("totals", arithmetic, totals);
+
+  const auto grad_totals = values(arithmetic, batch * width);
+  auto products = unwritten(arithmetic, batch * r), pull = unwritten(arithmetic, batch * width);
+  auto grad_x = unwritten(storage, batch * tokens * dim), grad_sizes = unwritten(arithmetic, batch * tokens);
+  MergeTokensGradient grad;
+  grad.storage = storage, grad.plan = plan, grad.dim = dim;
+  grad.grad_out = out.data(), grad.grad_totals = grad_totals.data();
+  grad.x = x.data(), grad.batch_stride = tokens * dim, grad.row_stride = dim;
+  grad.sizes = call.sizes, grad.totals = totals.data();
+  grad.products = products.data(), grad.pull = pull.data();
+  grad.grad_x = grad_x.data(), grad.grad_sizes = grad_sizes.data();
+  merge_tokens_bwd(grad);
+  require_numbers("gradient of tokens", storage, grad_x);
+  if (sized) require_numbers("gradient of sizes", arithmetic, grad_sizes);
+}
+
 }  // namespace
 
 int main(int, char** arguments) {
@@ -107,6 +169,15 @@ int main(int, char** arguments) {
   }
   for (int i = 0; i < 8; ++i) {
     for (int64_t tokens : {1, 2, 37, 600}) prune(i & 1, i & 2, i & 4, tokens, tokens == 2 ? 0 : 5);
+  }
+  for (Storage storage : {Storage::f32, Storage::bf16, Storage::f16, Storage::f64}) {
+    for (int64_t tokens : {2, 7, 70, 131}) {
+      for (int64_t protect : {0, 1}) {
+        const int64_t most = (tokens - protect) / 2;
+        merge(storage, tokens, tokens == 7 ? 0 : 5, protect, most, protect == 1, true);
+        merge(storage, tokens, 19, protect, most / 2, protect == 0, tokens == 70);
+      }
+    }
   }
   std::puts("ok");
   return 0;

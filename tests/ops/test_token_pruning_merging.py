@@ -20,7 +20,6 @@ from mmkernels.testing.cases_token_pruning import score_inputs
 
 READY = [n for n in ("native", "torch") if mmkernels.backends()["attention_column_scores"][n] == "ready"]
 every_backend = pytest.mark.parametrize("backend", [*READY, "reference"])
-merging = pytest.mark.parametrize("backend", ["torch", "reference"])
 nan = float("nan")
 
 
@@ -108,7 +107,7 @@ def tome(metric, x, sizes, r, protect):
     return [[v / total[i] for v in weighted[i]] for i in order], [total[i] for i in order]
 
 
-@merging
+@every_backend
 @pytest.mark.parametrize(("tokens", "r", "protect"), [(8, 3, 0), (9, 4, 1), (9, 2, 1), (10, 4, 2), (7, 1, 3)])
 def test_is_tome(backend, tokens, r, protect):
     metric, x = draw(2, tokens, 5, seed=tokens).double(), draw(2, tokens, 3, seed=r).double()
@@ -127,7 +126,7 @@ def test_is_tome(backend, tokens, r, protect):
     torch.testing.assert_close(back, merged.gather(1, plan.assignment[..., None].expand_as(x)))
 
 
-@merging
+@every_backend
 def test_equal_cosines_go_to_the_lower_place(backend):
     plan = bipartite_soft_matching(torch.ones(1, 8, 2), 2, backend=backend)
     assert plan.source.tolist() == [[0, 2]]
@@ -136,15 +135,16 @@ def test_equal_cosines_go_to_the_lower_place(backend):
     assert plan.similarity.allclose(torch.ones(1, 2))
 
 
-def test_what_is_not_merged_keeps_every_bit():
+@pytest.mark.parametrize("backend", READY)
+def test_what_is_not_merged_keeps_every_bit(backend):
     x, sizes = draw(2, 20, 7).bfloat16(), torch.full((2, 20), 3.0)
-    plan = bipartite_soft_matching(draw(2, 20, 4), 3)
-    merged, totals = merge_tokens(x, plan, sizes=sizes)
+    plan = bipartite_soft_matching(draw(2, 20, 4), 3, backend=backend)
+    merged, totals = merge_tokens(x, plan, sizes=sizes, backend=backend)
     untouched = totals == 3
     assert untouched.sum() >= 2 * 14
     rows = x.gather(1, plan.keep_indices[..., None].expand(-1, -1, 7))
     assert torch.equal(merged[untouched], rows[untouched])
-    nothing, _ = merge_tokens(x, bipartite_soft_matching(draw(2, 20, 4), 0))
+    nothing, _ = merge_tokens(x, bipartite_soft_matching(draw(2, 20, 4), 0, backend=backend), backend=backend)
     assert torch.equal(nothing, x)
 
 

@@ -1,17 +1,16 @@
-"""Backend "native" of attention_column_scores: csrc/cpu/token_pruning_received.cpp; here fake kernels and gradients."""
-
-from typing import Any
+"""Backend "native" of attention_column_scores: csrc/cpu/token_pruning_received.cpp."""
 
 import torch
-from einops import rearrange
 from torch import Tensor
 
 from mmkernels import _native
 from mmkernels._gradients import wants_gradient
+from mmkernels.ops.token_pruning import _autograd_received
 
 _native.require()
 _scores = torch.ops.mmkernels.attention_column_scores.default
 _scores_fwd = torch.ops.mmkernels.attention_column_scores_fwd.default
+_autograd_received.register(_scores, _scores_fwd)
 
 
 def attention_column_scores(
@@ -27,57 +26,3 @@ def attention_column_scores(
     """See mmkernels.attention_column_scores."""
     op = _scores_fwd if wants_gradient(q, k, lse) else _scores
     return op(q, k, lse, scale, num_prefix, query_mask, key_mask, causal)
-
-
-def _fake(
-    q: Tensor, k: Tensor, lse: Any, scale: float, num_prefix: int, query_mask: Any, key_mask: Any, causal: bool
-) -> Tensor:
-    return q.new_empty((k.shape[0], k.shape[1] - num_prefix), dtype=torch.promote_types(q.dtype, torch.float32))
-
-
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    q, k, lse, ctx.scale, ctx.num_prefix, query_mask, key_mask, ctx.causal = inputs
-    ctx.save_for_backward(q, k, lse, query_mask, key_mask)
-
-
-def _visible(q: Tensor, k: Tensor, key_mask: Tensor | None, causal: bool) -> Tensor:
-    """Which keys each row sees: (batch or 1, 1, 1, rows, seqlen)."""
-    rows, seqlen = q.shape[1], k.shape[1]
-    sees = torch.ones(rows, seqlen, dtype=torch.bool, device=q.device)
-    sees = (sees.tril(seqlen - rows) if causal else sees)[None]
-    return (sees if key_mask is None else sees & key_mask[:, None])[:, None, None]
-
-
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    # Plain products of torch, differentiable again: who trains on scores has memory for the map.
-    q, k, lse, query_mask, key_mask = ctx.saved_tensors
-    acc, groups, heads, rows = grad.dtype, k.shape[2], q.shape[2], q.shape[1]
-    sees = _visible(q, k, key_mask, ctx.causal)
-    counts = torch.full((q.shape[0],), rows, device=q.device) if query_mask is None else query_mask.sum(-1)
-    share = 1 / (heads * counts.clamp(min=1).to(acc))[:, None].expand(-1, rows)
-    if query_mask is not None:
-        q, share = q.masked_fill(~query_mask[..., None, None], 0), share * query_mask
-    if key_mask is not None:
-        k = k.masked_fill(~key_mask[..., None, None], 0)
-    live = sees.any(-1, keepdim=True)
-    queries = rearrange(q.to(acc), "b r (g m) d -> b g m r d", g=groups)
-    keys = rearrange(k.to(acc), "b n g d -> b g 1 n d")
-    logits = (ctx.scale * (queries @ keys.mT)).masked_fill(~sees, float("-inf"))
-    grad_p = share[:, None, None, :, None] * torch.nn.functional.pad(grad, (ctx.num_prefix, 0))[:, None, None, None]
-    grad_lse = None
-    if lse is None:
-        p = torch.softmax(logits.masked_fill(~live, 0), dim=-1).masked_fill(~live, 0)
-        grad_logits = p * (grad_p - (p * grad_p).sum(-1, keepdim=True))
-    else:
-        shift = rearrange(lse.to(acc), "b (g m) r -> b g m r 1", g=groups)
-        p = torch.exp(logits - shift.masked_fill(~live, 0)).masked_fill(~sees, 0)
-        grad_logits = p * grad_p
-        grad_lse = -rearrange(grad_logits.sum(-1), "b g m r -> b (g m) r").to(lse.dtype)
-    grad_q = rearrange(ctx.scale * (grad_logits @ keys), "b g m r d -> b r (g m) d").to(q.dtype)
-    grad_k = rearrange(ctx.scale * (grad_logits.mT @ queries).sum(2), "b g n d -> b n g d").to(k.dtype)
-    return grad_q, grad_k, grad_lse, None, None, None, None, None
-
-
-for _op in (_scores, _scores_fwd):
-    torch.library.register_fake(_op)(_fake)
-torch.library.register_autograd(_scores_fwd, _backward, setup_context=_setup)

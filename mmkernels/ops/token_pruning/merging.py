@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from mmkernels._checks import Sizes, floating, integer, same_device
-from mmkernels._dispatch import Backend, Op
+from mmkernels._dispatch import NATIVE_PROBE, Backend, Op
+from mmkernels._gradients import untracked_transform
 from mmkernels.errors import ConfigError, DataError, DtypeError, ShapeError, nearest
 
 _HERE = "mmkernels.ops.token_pruning"
@@ -18,7 +19,11 @@ def _op(name: str, key: str) -> Op:
         name,
         key=key,
         public=f"{_HERE}.merging.{name}",
-        backends=[Backend("torch", f"{_HERE}._torch:{name}"), Backend("reference", f"{_HERE}.reference:{name}")],
+        backends=[
+            Backend("native", f"{_HERE}._native_merging:{name}", ("cpu",), untracked_transform, NATIVE_PROBE),
+            Backend("torch", f"{_HERE}._torch:{name}"),
+            Backend("reference", f"{_HERE}.reference:{name}"),
+        ],
     )
 
 
@@ -71,8 +76,10 @@ def bipartite_soft_matching(
         DataError: NaN in metric.
 
     Numerics: cosines in float32 (float64 for float64), 0 with a vector of zeros; of equal cosines the lower place wins,
-        of b as of a.  Backends may differ where cosines differ by rounding only.  Compiled calls cannot raise for NaN.
-    Cost: tokens^2 dim / 2 flops and tokens^2 / 4 cosines of memory.  The similarity is differentiable, the choice not.
+        of b as of a.  Backends may differ where cosines differ by rounding only; the native kernel's result depends
+        neither on the batch nor on the number of threads.  Compiled calls cannot raise for NaN.
+    Cost: tokens^2 dim / 2 flops and tokens dim values of memory (the torch backend: tokens^2 / 4 cosines more).  The
+        similarity is differentiable twice, the choice not.
 
     Example:
         >>> import torch, mmkernels
