@@ -7,6 +7,7 @@
 #include <string>
 
 #include "common/isa.h"
+#include "common/view.h"
 
 STABLE_TORCH_LIBRARY(mmkernels, m) {
   // Three of each: for inference, for training (with what the backward reads), and the backward.
@@ -152,6 +153,9 @@ STABLE_TORCH_LIBRARY(mmkernels, m) {
   m.def("isa() -> str");
   m.def("best_isa() -> str");
   m.def("set_isa(str level) -> ()");
+
+  // From now on, whether outputs are full of NaN before they are written (for tests); returns whether they were.
+  m.def("poison(bool on) -> bool");
 }
 
 namespace {
@@ -169,10 +173,13 @@ void set_isa(std::string level) {
   STD_TORCH_CHECK(false, "set_isa: level must be baseline, avx2 or avx512; got ", level);
 }
 
+bool poison(bool on) { return mmkernels::poisoning().exchange(on); }
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(mmkernels, CompositeExplicitAutograd, m) {
   m.impl("isa", TORCH_BOX(&isa));
   m.impl("best_isa", TORCH_BOX(&best_isa));
   m.impl("set_isa", TORCH_BOX(&set_isa));
+  m.impl("poison", TORCH_BOX(&poison));
 }

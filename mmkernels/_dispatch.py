@@ -3,6 +3,9 @@
 Resolution: the `backend=` argument, then `use_backend(...)`, then MMKERNELS_BACKEND, then the automatic order of the
 tensor's device.  A named backend runs or raises.  The automatic order takes the first backend that has no objection;
 `explain()` tells what would run and why the others would not.  Everything here is traceable by torch.compile.
+
+Decoding calls an op for every token and layer, and resolving takes longer than the op: `Op.direct` is the short way for
+calls that nothing but their arguments decides (docs/adr/0004).
 """
 
 import importlib
@@ -12,6 +15,8 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
+from torch.compiler import is_dynamo_compiling
 
 from mmkernels import _env
 from mmkernels.errors import BackendError, nearest
@@ -21,6 +26,10 @@ AUTOMATIC = {"cpu": ("native", "torch"), "cuda": ("triton", "native", "torch")}
 NATIVE_PROBE = "mmkernels._native:probe"
 _FORCED = _env.forced_backend()
 _OPS: "dict[str, Op]" = {}
+# By a name of this module, each is one look-up a call instead of three.
+_grad_enabled = torch.is_grad_enabled
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_transforms_active = torch._C._are_functorch_transforms_active
 
 
 class _Override(threading.local):
@@ -28,6 +37,11 @@ class _Override(threading.local):
     default: str | None = None
     per_op: Mapping[str, str] = {}
     explaining: bool = False
+    idle: bool = True  # none of the above says anything: one look-up instead of three
+
+    def settle(self) -> None:
+        """To be called after every change of the others."""
+        self.idle = not (self.default or self.per_op or self.explaining)
 
 
 _override = _Override()
@@ -76,6 +90,8 @@ class Backend:
         devices: device types it serves.
         declines: gets the same arguments and returns its objections in words, none if it can run them.
         probe: "package.module:function" that says, without compiling anything, why the import would fail, or None.
+        direct: "package.module:name" of a library op that may be called without the public function's checks, see
+            `Op.direct`.
     """
 
     def __init__(
@@ -85,9 +101,12 @@ class Backend:
         devices: tuple[str, ...] = ("any",),
         declines: Callable[..., list[str]] | None = None,
         probe: str | None = None,
+        direct: str | None = None,
     ):
         self.name, self.source, self.devices, self.declines, self.probe = name, source, devices, declines, probe
+        self.direct = direct
         self.impl: Callable[..., Any] | None = None
+        self.library_op: Callable[..., Any] | None = None
         self.reason: str | None = None
 
     def unavailable(self) -> str | None:
@@ -95,6 +114,8 @@ class Backend:
         if self.impl is None and self.reason is None:
             try:
                 self.impl = _imported(self.source)
+                if self.direct is not None:
+                    self.library_op = _imported(self.direct)
             except BackendUnavailable as error:
                 self.reason = str(error)
         return self.reason
@@ -134,6 +155,7 @@ class Op:
     def __init__(self, name: str, key: str, public: str, backends: list[Backend]):
         self.name, self.key, self.public = name, key, public
         self.entries = {entry.name: entry for entry in backends}
+        self._native = self.entries.get("native")
         unknown = [n for n in self.entries if n not in BACKENDS]
         if unknown:
             raise ValueError(f"{name}: unknown backend {unknown[0]!r}. {nearest(unknown[0], BACKENDS)}")
@@ -149,6 +171,22 @@ class Op:
             with torch.autocast(device, enabled=False):
                 return implementation(**args)
         return implementation(**args)
+
+    def direct(self, backend: str | None) -> Callable[..., Any] | None:
+        """The native library op, if nothing but its arguments can object to it; else None: then take the ordinary way.
+
+        Nothing is forced, traced, transformed, watched by a dispatch mode or differentiated.  What is left to the
+        caller: the first tensor is a plain one on the CPU, the others are plain.  What is left to the op: everything
+        that the public function checks.  It refuses with a RuntimeError before it has changed anything, whereupon the
+        ordinary way finds the words, or another way to compute what the op does not.
+        """
+        if is_dynamo_compiling() or _grad_enabled() or not _override.idle or _FORCED is not None:
+            return None
+        if _dispatch_modes() or _transforms_active() or forward_ad._current_level >= 0:
+            return None
+        if self._native is None or (backend is not None and backend != "native"):
+            return None
+        return self._native.library_op
 
     def resolve(self, backend: str | None, args: dict[str, Any]) -> Callable[..., Any]:
         """The implementation that runs this call, or a BackendError with every reason."""
@@ -224,10 +262,12 @@ def use_backend(default: str | None = None, /, **per_op: str) -> Iterator[None]:
             raise BackendError(f"use_backend: backend must name a backend; got {name!r}. {nearest(name, BACKENDS)}")
     before = (_override.default, _override.per_op)
     _override.default, _override.per_op = default or before[0], {**before[1], **per_op}
+    _override.settle()
     try:
         yield
     finally:
         _override.default, _override.per_op = before
+        _override.settle()
 
 
 def backends() -> BackendTable:
@@ -248,12 +288,14 @@ def explain(op: str, *args: Any, **kwargs: Any) -> Explanation:
         raise BackendError(f"explain: no op is called {op!r}. {nearest(op, _OPS)}")
     module, name = _OPS[op].public.rsplit(".", 1)
     _override.explaining = True
+    _override.settle()
     try:
         getattr(importlib.import_module(module), name)(*args, **kwargs)
     except _Explained as answer:
         return answer.report
     finally:
         _override.explaining = False
+        _override.settle()
     raise AssertionError(f"{op} returned without dispatching")
 
 

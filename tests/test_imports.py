@@ -84,6 +84,11 @@ def test_layers_of_the_house(path):
     if starts(name, "mmkernels.layers"):
         upward = {i for i in every if starts(i, "mmkernels.models", "mmkernels.distill", "mmkernels.data")}
         assert not upward, f"{name} reaches up to {upward}"
+    if starts(name, "mmkernels.layers", "mmkernels.pruning"):
+        inside = {i for i in every if starts(i, "mmkernels.ops") and "._" in i}
+        if name == "mmkernels.layers.mamba2_stack":  # docs/adr/0005
+            inside.remove("mmkernels.ops.mamba2_step._native.Steps")
+        assert not inside, f"{name} imports {inside}: ops are used through their public functions"
     programs = {
         "mmkernels.models.aki.train",
         "mmkernels.models.ml_mamba.train",

@@ -7,23 +7,17 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
-#include "common/pages.h"
 #include "common/rows.h"
+#include "common/view.h"
 
 namespace mmkernels {
 
 using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 
 inline Storage storage_of(const Tensor& tensor, const char* name) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Float: return Storage::f32;
-    case ScalarType::BFloat16: return Storage::bf16;
-    case ScalarType::Half: return Storage::f16;
-    case ScalarType::Double: return Storage::f64;
-    default: STD_TORCH_CHECK(false, name, " must be float32, bfloat16, float16 or float64");
-  }
-  return Storage::f32;
+  int32_t dtype;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &dtype));
+  return storage_of(dtype, name);
 }
 
 // What a kernel computes in when its elements are stored as `storage`.
@@ -31,10 +25,9 @@ inline ScalarType arithmetic_of(Storage storage) {
   return storage == Storage::f64 ? ScalarType::Double : ScalarType::Float;
 }
 
-inline Tensor empty(std::vector<int64_t> sizes, ScalarType dtype) {
-  Tensor made = torch::stable::empty(sizes, dtype);
-  prefer_large_pages(made.mutable_data_ptr(), made.numel() * made.element_size());
-  return made;
+inline Tensor empty(const std::vector<int64_t>& sizes, ScalarType dtype) {
+  const int32_t number = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
+  return empty(sizes.data(), static_cast<int64_t>(sizes.size()), number);
 }
 
 inline std::vector<int64_t> sizes_of(const Tensor& tensor) {
@@ -52,10 +45,9 @@ struct Rows {
 };
 
 // The distance between rows if the leading dimensions fold into one and the last is dense; else -1.
-inline int64_t row_stride(const Tensor& tensor) {
-  const auto sizes = tensor.sizes();
-  const auto strides = tensor.strides();
-  const int64_t last = static_cast<int64_t>(sizes.size()) - 1;
+inline int64_t row_stride(const View& view) {
+  const int64_t *sizes = view.sizes, *strides = view.strides;
+  const int64_t last = view.dim - 1;
   if (sizes[last] > 1 && strides[last] != 1) return -1;
   int64_t stride = -1, expected = -1;
   for (int64_t d = last - 1; d >= 0; --d) {
@@ -68,14 +60,17 @@ inline int64_t row_stride(const Tensor& tensor) {
 }
 
 // Reads through the tensor's own strides where rows can be walked; copies otherwise (expanded or transposed tensors).
-inline Rows rows_of(const Tensor& tensor) {
-  STD_TORCH_CHECK(tensor.dim() >= 1, "a tensor of rows has at least one dimension");
-  int64_t stride = tensor.numel() == 0 ? 0 : row_stride(tensor);
+inline Rows rows_of(const Tensor& tensor, const View& view) {
+  STD_TORCH_CHECK(view.dim >= 1, "a tensor of rows has at least one dimension");
+  const int64_t dim = view.sizes[view.dim - 1];
+  int64_t rows = dim == 0 ? 0 : 1;
+  for (int64_t d = 0; d + 1 < view.dim; ++d) rows *= view.sizes[d];
+  int64_t stride = rows == 0 ? 0 : row_stride(view);
   Tensor owner = stride < 0 ? torch::stable::contiguous(tensor) : tensor;
-  const int64_t dim = tensor.size(tensor.dim() - 1);
   if (stride < 0) stride = dim;
-  return {owner, dim == 0 ? 0 : tensor.numel() / dim, dim, stride};
+  return {owner, rows, dim, stride};
 }
+inline Rows rows_of(const Tensor& tensor) { return rows_of(tensor, View(tensor)); }
 
 // A small parameter vector, dense and in the arithmetic type.
 inline Tensor parameter_of(const Tensor& tensor, ScalarType dtype) {

@@ -271,42 +271,47 @@ std::tuple<Tensor, Tensor, Tensor> backward_2d(const Tensor& grad_y, const Tenso
   return {grad_x, grad_weight, grad_bias};
 }
 
-Tensor update(const Tensor& x_, Tensor conv_state, const Tensor& weight, const MaybeTensor& bias,
+// As in ssd_update.cpp, the checks are all of the public function's, before anything is written.
+Tensor update(const Tensor& x_, Tensor conv_state, const Tensor& weight_, const MaybeTensor& bias_,
               const MaybeTensor& state_indices, bool silu) {
-  STD_TORCH_CHECK(x_.dim() == 2 || x_.dim() == 3, "causal_conv1d_update: x must be (batch, [seqlen,] dim)");
-  const Tensor x = dense_channels(x_);
-  const bool several = x.dim() == 3;
-  const int64_t batch = x.size(0), dim = x.size(several ? 2 : 1);
-  STD_TORCH_CHECK(weight.dim() == 2 && weight.size(0) == dim && weight.size(1) >= 1,
+  View x(x_);
+  const View state(conv_state), weight(weight_), bias(bias_);
+  STD_TORCH_CHECK(x.dim == 2 || x.dim == 3, "causal_conv1d_update: x must be (batch, [seqlen,] dim)");
+  const bool several = x.dim == 3;
+  const int64_t batch = x.sizes[0], dim = x.sizes[x.dim - 1];
+  STD_TORCH_CHECK(weight.dim == 2 && weight.sizes[0] == dim && weight.sizes[1] >= 1,
                   "causal_conv1d_update: weight must be (dim, width)");
-  STD_TORCH_CHECK(conv_state.dim() == 3 && conv_state.size(1) == dim && conv_state.size(2) >= weight.size(1) - 1,
+  STD_TORCH_CHECK(state.dim == 3 && state.sizes[1] == dim && state.sizes[2] >= weight.sizes[1] - 1,
                   "causal_conv1d_update: conv_state must be (slots, dim, width - 1 or more)");
-  STD_TORCH_CHECK(!bias || (bias->dim() == 1 && bias->size(0) == dim), "causal_conv1d_update: bias must be (dim,)");
+  STD_TORCH_CHECK(!bias_ || bias.has_sizes({dim}), "causal_conv1d_update: bias must be (dim,)");
 
   CausalConv1dUpdate call;
-  call.storage = storage_of(x, "x");
-  call.state_storage = storage_of(conv_state, "conv_state");
+  call.storage = storage_of(x.dtype, "x");
+  call.state_storage = storage_of(state.dtype, "conv_state");
   STD_TORCH_CHECK((call.storage == Storage::f64) == (call.state_storage == Storage::f64),
                   "causal_conv1d_update: float64 x needs a float64 conv_state and the other way round");
-  call.weight_storage = storage_of(weight, "weight");
-  call.bias_storage = bias ? storage_of(*bias, "bias") : Storage::f32;
-  const Slots slots("causal_conv1d_update", state_indices, batch, conv_state.size(0));
-  Tensor y = empty(sizes_of(x), x.scalar_type());
+  call.weight_storage = storage_of(weight.dtype, "weight");
+  call.bias_storage = bias_ ? storage_of(bias.dtype, "bias") : Storage::f32;
+  const Slots slots("causal_conv1d_update", state_indices, batch, state.sizes[0]);
+  const bool dense = dim <= 1 || x.strides[x.dim - 1] == 1;
+  const Tensor channels = dense ? x_ : torch::stable::contiguous(x_);
+  if (!dense) x = View(channels);
+  Tensor y = empty(x.sizes, x.dim, x.dtype);
   call.batch = batch;
-  call.tokens = several ? x.size(1) : 1;
+  call.tokens = several ? x.sizes[1] : 1;
   call.dim = dim;
-  call.width = weight.size(1);
-  call.state_len = conv_state.size(2);
+  call.width = weight.sizes[1];
+  call.state_len = state.sizes[2];
   call.silu = silu;
-  call.x = {x.const_data_ptr(), x.stride(0), several ? x.stride(1) : 0};
-  call.y = {y.mutable_data_ptr(), y.stride(0), several ? y.stride(1) : 0};
-  call.state = states_out(conv_state);
+  call.x = {x.data, x.strides[0], several ? x.strides[1] : 0};
+  call.y = {y.mutable_data_ptr(), call.tokens * dim, several ? dim : 0};
+  call.state = {conv_state.mutable_data_ptr(), state.strides[0], state.strides[1], state.strides[2]};
   call.slots = slots.data();
-  call.weight = weight.const_data_ptr();
-  call.weight_channel = weight.stride(0);
-  call.weight_tap = weight.stride(1);
-  call.bias = bias ? bias->const_data_ptr() : nullptr;
-  call.bias_channel = bias ? bias->stride(0) : 0;
+  call.weight = weight.data;
+  call.weight_channel = weight.strides[0];
+  call.weight_tap = weight.strides[1];
+  call.bias = bias.data;
+  call.bias_channel = bias_ ? bias.strides[0] : 0;
   causal_conv1d_step(call);
   return y;
 }

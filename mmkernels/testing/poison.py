@@ -6,6 +6,8 @@ from contextlib import contextmanager
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from mmkernels import _native
+
 _EMPTY = {
     torch.ops.aten.empty.memory_format,
     torch.ops.aten.empty_like.default,
@@ -27,13 +29,15 @@ class _Poison(TorchDispatchMode):
 def poisoned_allocations() -> Iterator[None]:
     """Fill every uninitialised floating tensor allocated inside the block with NaN (torch.empty and its relatives).
 
-    A dispatch mode does not see what a C++ op allocates inside; torch's own switch for deterministic results fills
-    that.  The scratch memory of the kernels is poisoned by the sanitizer build.
+    A dispatch mode does not see what a C++ op allocates inside: our own have a switch, torch's are filled by the one
+    for deterministic results.  The scratch memory of the kernels is poisoned by the sanitizer build.
     """
+    native = _native.poison(True)
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
         with _Poison():
             yield
     finally:
+        _native.poison(native)
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])

@@ -84,6 +84,9 @@ def test_poison_reaches_memory_allocated_in_cpp(compile_cpp):
     torch.ops.load_library(str(compile_cpp("poison_probe", [HERE / "poison_probe.cpp"], None, *map(str, flags))))
     with poisoned_allocations():
         assert torch.ops.mmkernels_probe.unwritten(9).isnan().all()
+        assert torch.ops.mmkernels.poison(True)
+    assert not torch.ops.mmkernels.poison(False)
+    assert torch.ops.mmkernels_probe.unwritten_by_us(9).isnan().all()
     assert not torch.are_deterministic_algorithms_enabled()
 
 

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mmkernels._checks import same_device
 from mmkernels._gradients import second_order
 
 _TENSORS = 6  # leading arguments of the op, of which the first 4 are differentiable
@@ -77,7 +78,11 @@ def _bwd_fake(
     )
 
 
-def _update_fake(x: Tensor, *_: Any) -> Tensor:
+def _update_fake(x: Tensor, conv_state: Tensor, weight: Tensor, bias: Any, state_indices: Any, silu: bool) -> Tensor:
+    # A direct call with some tensors on "meta" arrives here, unchecked.
+    same_device(
+        "causal_conv1d_update", x=x, conv_state=conv_state, weight=weight, bias=bias, state_indices=state_indices
+    )
     return x.new_empty(x.shape)
 
 

@@ -6,7 +6,7 @@ Mamba-2's short convolution (arXiv 2405.21060, figure 6), as implemented for CUD
 import torch
 
 from mmkernels import _triton
-from mmkernels._checks import Sizes, Verified, floating, integer, same_device
+from mmkernels._checks import PLAIN, Sizes, Verified, floating, integer, same_device
 from mmkernels._dispatch import NATIVE_PROBE, Backend, Op
 from mmkernels._gradients import no_gradient_in_place, untracked_transform
 from mmkernels.errors import ConfigError, ShapeError
@@ -29,7 +29,14 @@ CAUSAL_CONV1D_UPDATE = Op(
     key="x",
     public="mmkernels.ops.causal_conv1d.api.causal_conv1d_update",
     backends=[
-        Backend("native", f"{_HERE}._native:causal_conv1d_update", ("cpu",), no_gradient_in_place, NATIVE_PROBE),
+        Backend(
+            "native",
+            f"{_HERE}._native:causal_conv1d_update",
+            ("cpu",),
+            no_gradient_in_place,
+            NATIVE_PROBE,
+            direct=f"{_HERE}._native:update_op",
+        ),
         Backend(
             "triton",
             f"{_HERE}._triton:causal_conv1d_update",
@@ -179,6 +186,18 @@ def causal_conv1d_update(
 
     Source: checked against causal_conv1d on the concatenated inputs.
     """
+    direct = CAUSAL_CONV1D_UPDATE.direct(backend)
+    if (
+        direct is not None
+        and type(x) is torch.Tensor
+        and x.is_cpu
+        and PLAIN.issuperset(map(type, (conv_state, weight, bias, state_indices)))
+        and (activation is None or activation == "silu")
+    ):
+        try:
+            return direct(x, conv_state, weight, bias, state_indices, activation is not None)
+        except RuntimeError:
+            pass  # nothing has changed: below it is said in words, or done in another way
     seen = _verified_updates.signature(x, conv_state, weight, bias, activation, state_indices)
     if seen not in _verified_updates:
         _check_update(x, conv_state, weight, bias, activation, state_indices)

@@ -5,12 +5,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmkernels import _native
+from mmkernels import _checks, _native
 from mmkernels._gradients import wants_gradient
 
 _native.require()
 _inference = torch.ops.mmkernels.decode_linear.default
 _fwd = torch.ops.mmkernels.decode_linear_fwd.default
+library_op = _native.without_autograd(_inference)
 
 
 def decode_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -28,6 +29,7 @@ def decode_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 @torch.library.register_fake(_fwd)
 def decode_linear_fake(x: Tensor, weight: Tensor, bias: Any) -> Tensor:
     """Shape and dtype of y, dense."""
+    _checks.same_device("decode_linear", x=x, weight=weight, bias=bias)  # a direct call comes unchecked
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 

@@ -5,10 +5,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmkernels import _native
+from mmkernels import _checks, _native
 
 _native.require()
 _update = torch.ops.mmkernels.ssd_update.default
+library_op = _native.without_autograd(_update)
 
 
 def ssd_update(
@@ -41,6 +42,9 @@ def ssd_update(
 
 
 @torch.library.register_fake(_update)
-def ssd_update_fake(state: Tensor, x: Tensor, *_: Any) -> Tensor:
+def ssd_update_fake(state: Tensor, x: Tensor, *others: Any) -> Tensor:
     """Shape and dtype of y: those of x, dense."""
+    # A direct call with some tensors on "meta" arrives here, unchecked.
+    names = ("dt", "A", "B", "C", "D", "z", "dt_bias", "state_indices")
+    _checks.same_device("ssd_update", x=x, state=state, **dict(zip(names, others, strict=False)))
     return x.new_empty(x.shape)

@@ -35,7 +35,14 @@ SSD_UPDATE = Op(
     key="x",
     public="mmkernels.ops.ssd.api.ssd_update",
     backends=[
-        Backend("native", f"{_HERE}._native_update:ssd_update", ("cpu",), no_gradient_in_place, NATIVE_PROBE),
+        Backend(
+            "native",
+            f"{_HERE}._native_update:ssd_update",
+            ("cpu",),
+            no_gradient_in_place,
+            NATIVE_PROBE,
+            direct=f"{_HERE}._native_update:library_op",
+        ),
         Backend(
             "triton",
             f"{_HERE}._triton_update:ssd_update",
@@ -254,6 +261,18 @@ def ssd_update(
     Source:
         Dao and Gu, "Transformers are SSMs" (2024), eq. 16; checked against `ssd_scan` in float64.
     """
+    direct = SSD_UPDATE.direct(backend)
+    if (
+        direct is not None
+        and type(x) is torch.Tensor
+        and x.is_cpu
+        and _checks.PLAIN.issuperset(map(type, (state, dt, A, B, C, D, z, dt_bias, state_indices)))
+        and type(dt_limit) is tuple
+    ):
+        try:
+            return direct(state, x, dt, A, B, C, D, z, dt_bias, state_indices, dt_softplus, *dt_limit)
+        except RuntimeError:
+            pass  # nothing has changed: below it is said in words, or done in another way
     seen = _verified_updates.signature(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_limit, state_indices)
     if seen not in _verified_updates:
         _check_update(state, x, dt, A, B, C, D, z, dt_bias, dt_limit, state_indices)
