@@ -6,7 +6,14 @@ Source: ML-Mamba (arXiv 2407.19832) and the settings of its released code.
 from typing import TYPE_CHECKING, Any
 
 from huggingface_hub.dataclasses import strict
-from transformers import AutoConfig, CLIPVisionConfig, Dinov2WithRegistersConfig, PreTrainedConfig, SiglipVisionConfig
+from transformers import (
+    AutoConfig,
+    CLIPVisionConfig,
+    Dinov2WithRegistersConfig,
+    PreTrainedConfig,
+    SiglipVisionConfig,
+    ViTConfig,
+)
 
 from mmkernels.errors import ConfigError, nearest
 from mmkernels.models.mamba2.configuration_mamba2 import Mamba2LMConfig
@@ -16,14 +23,18 @@ SCANS = ("bidirectional", "cross", "raster")
 ENCODERS = (
     "dinosiglip-vit-so-384px",
     "dinoclip-vit-l-336px",
-    "dinov2-vit-l-224px",
-    "clip-vit-l-224px",
+    "dinov2-vit-l",
+    "in1k-vit-l",
+    "clip-vit-b",
+    "clip-vit-l",
     "clip-vit-l-336px",
     "siglip-vit-b16-224px",
     "siglip-vit-b16-256px",
     "siglip-vit-b16-384px",
+    "siglip-vit-so400m",
     "siglip-vit-so400m-384px",
 )
+_ALIASES = {"dinov2-vit-l-224px": "dinov2-vit-l", "clip-vit-l-224px": "clip-vit-l"}  # 224 is what no size means
 
 
 @strict
@@ -62,9 +73,18 @@ def _dinov2_large(size: int) -> Dinov2WithRegistersConfig:
     return Dinov2WithRegistersConfig(**shape, image_size=518, num_register_tokens=4)
 
 
-def _clip_large(size: int) -> CLIPVisionConfig:
+def _imagenet_large(size: int) -> ViTConfig:
+    # The epsilon is that of the training code; transformers' default, 1e-12, is no float32 number beside a variance.
     shape: dict[str, Any] = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24}
-    return CLIPVisionConfig(**shape, num_attention_heads=16, patch_size=14, image_size=size, hidden_act="quick_gelu")
+    return ViTConfig(**shape, num_attention_heads=16, patch_size=16, image_size=size, layer_norm_eps=1e-6)
+
+
+def _clip(size: int, large: bool) -> CLIPVisionConfig:
+    shape: dict[str, Any] = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "patch_size": 16}
+    if large:
+        shape = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "patch_size": 14}
+    heads = shape["hidden_size"] // 64
+    return CLIPVisionConfig(**shape, num_attention_heads=heads, image_size=size, hidden_act="quick_gelu")
 
 
 def _siglip(size: int, so400m: bool) -> SiglipVisionConfig:
@@ -85,14 +105,16 @@ def encoder_configs(name: str) -> tuple[list[PreTrainedConfig], int]:
     Raises:
         ConfigError: an unknown encoder.
     """
+    name = _ALIASES.get(name, name)
     if name not in ENCODERS:
         raise ConfigError(f"encoder_configs: name must be known; got {name!r}. {nearest(name, ENCODERS)}")
-    size = int(name.removesuffix("px").rsplit("-", 1)[1])
+    size = int(name.removesuffix("px").rsplit("-", 1)[1]) if name.endswith("px") else 224
     towers: dict[str, list[PreTrainedConfig]] = {
         "dinosiglip": [_dinov2_large(size), _siglip(size, True)],
-        "dinoclip": [_dinov2_large(size), _clip_large(size)],
+        "dinoclip": [_dinov2_large(size), _clip(size, True)],
         "dinov2": [_dinov2_large(size)],
-        "clip": [_clip_large(size)],
+        "in1k": [_imagenet_large(size)],
+        "clip": [_clip(size, "vit-l" in name)],
         "siglip": [_siglip(size, "so400m" in name)],
     }
     return towers[name.split("-", 1)[0]], size
@@ -102,7 +124,7 @@ def prefix_tokens(tower: PreTrainedConfig) -> int:
     """Tokens a tower puts in front of its patches: class and register tokens."""
     if tower.model_type in ("dinov2", "dinov2_with_registers"):
         return 1 + int(getattr(tower, "num_register_tokens", 0))
-    return 1 if tower.model_type == "clip_vision_model" else 0
+    return 1 if tower.model_type in ("clip_vision_model", "vit") else 0
 
 
 @strict
@@ -244,9 +266,8 @@ class MLMambaConfig(PreTrainedConfig):
             f"The towers' patches are {[tower.patch_size for tower in self.towers]} pixels.",
         )
         for tower in self.towers:
-            fixed = tower.model_type in ("siglip_vision_model", "clip_vision_model", PatchVisionConfig.model_type)
             require(
-                not fixed or tower.image_size == self.image_size,
+                tower.model_type.startswith("dinov2") or tower.image_size == self.image_size,
                 "image_size",
                 f"be the {tower.image_size} pixels of {tower.model_type}",
                 "Only DINOv2's positions are resampled.",

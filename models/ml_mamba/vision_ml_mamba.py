@@ -14,6 +14,8 @@ from transformers import (
     Dinov2WithRegistersModel,
     PreTrainedModel,
     SiglipVisionModel,
+    ViTConfig,
+    ViTModel,
 )
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutput
@@ -29,6 +31,7 @@ NORMALISATION = {
     "dinov2_with_registers": IMAGENET,
     "siglip_vision_model": HALF,
     "clip_vision_model": OPENAI_CLIP,
+    "vit": HALF,  # of those pretrained on ImageNet-21k
     PatchVisionConfig.model_type: HALF,
 }
 
@@ -60,11 +63,19 @@ class PatchVisionModel(PreTrainedModel):
         return BaseModelOutput(last_hidden_state=hidden, hidden_states=(hidden,))
 
 
+class UnpooledViTModel(ViTModel):
+    """A ViT without the pooler of its class token, which nobody reads."""
+
+    def __init__(self, config: ViTConfig):
+        super().__init__(config, add_pooling_layer=False)
+
+
 TOWERS: dict[str, Any] = {
     "dinov2": Dinov2Model,
     "dinov2_with_registers": Dinov2WithRegistersModel,
     "siglip_vision_model": SiglipVisionModel,
     "clip_vision_model": CLIPVisionModel,
+    "vit": UnpooledViTModel,
     PatchVisionConfig.model_type: PatchVisionModel,
 }
 

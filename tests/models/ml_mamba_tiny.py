@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 from conftest import liven
-from transformers import CLIPVisionConfig, Dinov2WithRegistersConfig, SiglipVisionConfig
+from transformers import CLIPVisionConfig, Dinov2WithRegistersConfig, SiglipVisionConfig, ViTConfig
 
 from mmkernels.models.common.word_tokenizer import build_word_tokenizer
 from mmkernels.models.mamba2 import Mamba2LMConfig
@@ -30,6 +30,11 @@ def siglip(**overrides: Any) -> SiglipVisionConfig:
 def clip(**overrides: Any) -> CLIPVisionConfig:
     sizes = {"hidden_size": 24, "intermediate_size": 30, "num_hidden_layers": 3, "num_attention_heads": 2}
     return CLIPVisionConfig(**{**sizes, "image_size": SIZE, "patch_size": 4, **overrides})
+
+
+def vit(**overrides: Any) -> ViTConfig:
+    sizes = {"hidden_size": 24, "intermediate_size": 30, "num_hidden_layers": 3, "num_attention_heads": 2}
+    return ViTConfig(**{**sizes, "image_size": SIZE, "patch_size": 4, **overrides})
 
 
 def text(**overrides: Any) -> Mamba2LMConfig:

@@ -2,11 +2,12 @@
 
 import pytest
 import torch
-from ml_mamba_tiny import SIZE, TOKENS, clip, dinov2, pixels, siglip, tiny_config
+from ml_mamba_tiny import SIZE, TOKENS, clip, dinov2, pixels, siglip, tiny_config, vit
 from torch import nn
 
 from mmkernels.errors import ConfigError
 from mmkernels.models.ml_mamba import FusedVisionTower, MLMambaConfig, PatchVisionConfig, encoder_configs
+from mmkernels.models.ml_mamba.vision_ml_mamba import NORMALISATION, build_tower
 
 
 @pytest.fixture(autouse=True)
@@ -20,7 +21,8 @@ def through_all_but_one_block(tower, image):
     hidden = tower.embeddings(image)
     if hasattr(tower, "pre_layrnorm"):
         hidden = tower.pre_layrnorm(hidden)
-    blocks = tower.encoder.layer if hasattr(tower.encoder, "layer") else tower.encoder.layers
+    parts = getattr(tower, "encoder", tower)
+    blocks = parts.layer if hasattr(parts, "layer") else parts.layers
     assert len(blocks) == 3
     for block in blocks[:2]:
         hidden = block(hidden, None)
@@ -56,13 +58,13 @@ def test_positions_are_resampled_from_the_released_table():
     torch.testing.assert_close(hidden[0, 0], tower.embeddings.cls_token[0, 0] + table[0, 0])
 
 
-@pytest.mark.parametrize("tower", [clip, dinov2, siglip])
+@pytest.mark.parametrize("tower", [clip, dinov2, siglip, vit])
 def test_single_towers(tower):
     torch.manual_seed(0)
     config = tiny_config(vision_config=tower(), second_vision_config=None)
     fused, image = FusedVisionTower(config).eval(), pixels(1, dtype=torch.float32, towers=1)
     features, scores = fused(image)
-    prefix = {clip: 1, dinov2: 3, siglip: 0}[tower]
+    prefix = {clip: 1, dinov2: 3, siglip: 0, vit: 1}[tower]
     torch.testing.assert_close(features, through_all_but_one_block(fused.towers[0], image[:, 0])[:, prefix:])
     assert (features.shape, scores.shape) == ((1, TOKENS, config.vision_width), (1, TOKENS))
     assert features.std() > 0.01
@@ -85,14 +87,36 @@ def test_patches_alone_are_one_linear_map_each():
         ("dinoclip-vit-l-336px", ["dinov2_with_registers", "clip_vision_model"], 24, 2048),
         ("siglip-vit-so400m-384px", ["siglip_vision_model"], 27, 1152),
         ("siglip-vit-b16-256px", ["siglip_vision_model"], 16, 768),
+        ("siglip-vit-so400m", ["siglip_vision_model"], 16, 1152),
+        ("clip-vit-b", ["clip_vision_model"], 14, 768),
+        ("clip-vit-l", ["clip_vision_model"], 16, 1024),
         ("clip-vit-l-336px", ["clip_vision_model"], 24, 1024),
+        ("dinov2-vit-l", ["dinov2_with_registers"], 16, 1024),
         ("dinov2-vit-l-224px", ["dinov2_with_registers"], 16, 1024),
+        ("in1k-vit-l", ["vit"], 14, 1024),
     ],
 )
 def test_the_papers_encoders(encoder, towers, grid, width):
     config = MLMambaConfig.official("130m", encoder=encoder)
     assert [tower.model_type for tower in config.towers] == towers
     assert (config.grid, config.vision_width, config.num_image_tokens) == ((grid, grid), width, grid * grid)
+
+
+@pytest.mark.parametrize(
+    ("encoder", "count", "activation", "deviation"),
+    [
+        ("in1k-vit-l", 303_301_632, "gelu", 0.5),  # of ViT-L/16, without its classifier and pooler
+        ("clip-vit-b", 85_799_424, "quick_gelu", 0.26862954),  # of CLIP's image part, without its projection
+        ("siglip-vit-so400m", 412_442_352, "gelu_pytorch_tanh", 0.5),  # without the head that pools
+    ],
+)
+def test_encoders_at_224_pixels_are_the_released_ones(encoder, count, activation, deviation):
+    (config,), pixels = encoder_configs(encoder)
+    with torch.device("meta"):
+        tower = build_tower(config)
+    assert (pixels, config.image_size, config.hidden_act) == (224, 224, activation)
+    assert sum(p.numel() for p in tower.parameters()) == count
+    assert NORMALISATION[config.model_type][1][0] == deviation
 
 
 def test_refusals():
