@@ -4,13 +4,16 @@ Kernels read x, B, C and dt where an order says, in their own dtype and through 
 directions share is expanded over them, not copied.  Gradients of what is expanded are added by autograd.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from mmkernels import _native
 from mmkernels._gradients import wants_gradient
 from mmkernels.ops.scan2d import _autograd
-from mmkernels.ops.scan2d.orders import Scan, heads_and_keys, orders_of
+from mmkernels.ops.scan2d.directions import convolve_then_scan
+from mmkernels.ops.scan2d.orders import Scan, orders_of
 
 _native.require()
 _library = torch.ops.mmkernels
@@ -78,7 +81,15 @@ def causal_conv1d_2d(
     return y
 
 
-def conv_ssd_scan_2d(
+def conv_ssd_scan_2d(**args: Any) -> Tensor:
+    """See mmkernels.conv_ssd_scan_2d."""
+    tracked = ("xBC", "dt", "conv_weight", "A", "conv_bias", "D", "dt_bias")
+    if wants_gradient(*(args[name] for name in tracked)):
+        return convolve_then_scan(causal_conv1d_2d, ssd_scan_2d, **args)
+    return _convolved_as_read(**args)
+
+
+def _convolved_as_read(
     *,
     xBC: Tensor,
     dt: Tensor,
@@ -97,54 +108,28 @@ def conv_ssd_scan_2d(
     dt_limit: tuple[float, float],
     chunk_size: int | None,
 ) -> Tensor:
-    """See mmkernels.conv_ssd_scan_2d."""
-    if not wants_gradient(xBC, dt, conv_weight, A, conv_bias, D, dt_bias):
-        work, count = torch.promote_types(xBC.dtype, torch.float32), len(scans)
-        dt, A = dt.to(work), A.to(work)
-        D, dt_bias = (None if t is None else t.to(work) for t in (D, dt_bias))
-        y: Tensor = _library.conv_ssd_scan_2d.default(
-            _each(xBC, count, 3),
-            _each(dt, count, 3),
-            conv_weight,
-            conv_bias,
-            A,
-            D,
-            dt_bias,
-            orders_of(scans, height, width),
-            headdim,
-            ngroups,
-            activation == "silu",
-            dt_softplus,
-            float(dt_limit[0]),
-            float(dt_limit[1]),
-            chunk_size or 0,
-        )
-        return y
-    convolved = causal_conv1d_2d(
-        x=xBC,
-        weight=conv_weight,
-        bias=conv_bias,
-        scans=scans,
-        height=height,
-        width=width,
-        activation=activation,
+    """One op, which has no gradients: the scan convolves x as it packs it."""
+    work, count = torch.promote_types(xBC.dtype, torch.float32), len(scans)
+    dt, A = dt.to(work), A.to(work)
+    D, dt_bias = (None if t is None else t.to(work) for t in (D, dt_bias))
+    y: Tensor = _library.conv_ssd_scan_2d.default(
+        _each(xBC, count, 3),
+        _each(dt, count, 3),
+        conv_weight,
+        conv_bias,
+        A,
+        D,
+        dt_bias,
+        orders_of(scans, height, width),
+        headdim,
+        ngroups,
+        activation == "silu",
+        dt_softplus,
+        float(dt_limit[0]),
+        float(dt_limit[1]),
+        chunk_size or 0,
     )
-    x, B, C = heads_and_keys(convolved, A.shape[1], headdim, ngroups)
-    return ssd_scan_2d(
-        x=x,
-        dt=dt,
-        A=A,
-        B=B,
-        C=C,
-        D=D,
-        dt_bias=dt_bias,
-        scans=scans,
-        height=height,
-        width=width,
-        dt_softplus=dt_softplus,
-        dt_limit=dt_limit,
-        chunk_size=chunk_size,
-    )
+    return y
 
 
 def merged_gated_rms_norm(

@@ -4,12 +4,15 @@ Walking backwards is that op's `reverse`, so a row-wise or backward direction re
 another kind is gathered once for all directions that share the input and the path.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from mmkernels.ops.causal_conv1d import _torch as conv_torch
 from mmkernels.ops.gated_rms_norm import _torch as norm_torch
-from mmkernels.ops.scan2d.orders import Scan, heads_and_keys, order_of
+from mmkernels.ops.scan2d.directions import WHOLE, by_orders, convolve_then_scan, own, row
+from mmkernels.ops.scan2d.orders import Scan, order_of
 from mmkernels.ops.ssd import _torch as ssd_torch
 
 
@@ -26,14 +29,13 @@ class Paths:
     def read(self, name: str, tensor: Tensor, k: int, shared_dims: int) -> Tensor:
         """What direction k reads of a tensor: the tensor itself where it lies in raster order."""
         path = self.scans[k]._replace(reverse=False)
-        shared = tensor.dim() == shared_dims
-        own = tensor if shared else tensor[:, k]
+        mine = own(tensor, k, shared_dims)
         if path not in self.orders:
-            return own
-        if not shared:
-            return own.index_select(1, self.orders[path])
+            return mine
+        if mine is not tensor:
+            return mine.index_select(1, self.orders[path])
         if (name, path) not in self._read:
-            self._read[name, path] = own.index_select(1, self.orders[path])
+            self._read[name, path] = mine.index_select(1, self.orders[path])
         return self._read[name, path]
 
     def back(self, y: Tensor, k: int) -> Tensor:
@@ -69,17 +71,14 @@ def ssd_scan_2d(
             A=A[k],
             B=paths.read("B", B, k, 4),
             C=paths.read("C", C, k, 4),
-            D=None if D is None else D[k],
+            D=row(D, k),
             z=None,
-            dt_bias=None if dt_bias is None else dt_bias[k],
+            dt_bias=row(dt_bias, k),
             dt_softplus=dt_softplus,
             dt_limit=dt_limit,
-            initial_states=None,
-            seq_idx=None,
-            cu_seqlens=None,
             chunk_size=chunk_size,
             reverse=scan.reverse,
-            return_final_states=False,
+            **WHOLE,
         )
         assert isinstance(y, Tensor)  # no final states were asked for
         ys.append(paths.back(y, k))
@@ -103,64 +102,19 @@ def causal_conv1d_2d(
         y = conv_torch.causal_conv1d(
             x=paths.read("x", x, k, 3),
             weight=weight[k],
-            bias=None if bias is None else bias[k],
+            bias=row(bias, k),
             activation=activation,
-            initial_states=None,
-            seq_idx=None,
-            cu_seqlens=None,
             reverse=scan.reverse,
-            return_final_states=False,
+            **WHOLE,
         )
         assert isinstance(y, Tensor)  # no final states were asked for
         ys.append(paths.back(y, k))
     return torch.stack(ys, dim=1)
 
 
-def conv_ssd_scan_2d(
-    *,
-    xBC: Tensor,
-    dt: Tensor,
-    conv_weight: Tensor,
-    A: Tensor,
-    headdim: int,
-    ngroups: int,
-    conv_bias: Tensor | None,
-    activation: str | None,
-    D: Tensor | None,
-    dt_bias: Tensor | None,
-    scans: tuple[Scan, ...],
-    height: int,
-    width: int,
-    dt_softplus: bool,
-    dt_limit: tuple[float, float],
-    chunk_size: int | None,
-) -> Tensor:
+def conv_ssd_scan_2d(**args: Any) -> Tensor:
     """`mmkernels.conv_ssd_scan_2d`: one part after the other."""
-    convolved = causal_conv1d_2d(
-        x=xBC,
-        weight=conv_weight,
-        bias=conv_bias,
-        scans=scans,
-        height=height,
-        width=width,
-        activation=activation,
-    )
-    x, B, C = heads_and_keys(convolved, A.shape[1], headdim, ngroups)
-    return ssd_scan_2d(
-        x=x,
-        dt=dt,
-        A=A,
-        B=B,
-        C=C,
-        D=D,
-        dt_bias=dt_bias,
-        scans=scans,
-        height=height,
-        width=width,
-        dt_softplus=dt_softplus,
-        dt_limit=dt_limit,
-        chunk_size=chunk_size,
-    )
+    return convolve_then_scan(causal_conv1d_2d, ssd_scan_2d, **args)
 
 
 def merged_gated_rms_norm(
@@ -195,46 +149,35 @@ def scan_by_orders(
     chunk_size: int | None,
 ) -> Tensor:
     """`ssd_scan_2d` of tensors (batch, K, seqlen, ...) along any permutations: what native gradients differentiate."""
-    ys = []
-    for k, order in enumerate(orders.unbind(0)):
-        y = ssd_torch.ssd_scan(
+
+    def direction(k: int, order: Tensor) -> Any:
+        return ssd_torch.ssd_scan(
             x=x[:, k].index_select(1, order),
             dt=dt[:, k].index_select(1, order),
             A=A[k],
             B=B[:, k].index_select(1, order),
             C=C[:, k].index_select(1, order),
-            D=None if D is None else D[k],
+            D=row(D, k),
             z=None,
-            dt_bias=None if dt_bias is None else dt_bias[k],
+            dt_bias=row(dt_bias, k),
             dt_softplus=dt_softplus,
             dt_limit=dt_limit,
-            initial_states=None,
-            seq_idx=None,
-            cu_seqlens=None,
             chunk_size=chunk_size,
             reverse=False,
-            return_final_states=False,
+            **WHOLE,
         )
-        assert isinstance(y, Tensor)  # no final states were asked for
-        ys.append(torch.zeros_like(y).index_copy(1, order, y))
-    return torch.stack(ys, dim=1)
+
+    return by_orders(orders.unbind(0), direction)
 
 
 def convolve_by_orders(x: Tensor, weight: Tensor, bias: Tensor | None, *, orders: Tensor, silu: bool) -> Tensor:
     """`causal_conv1d_2d` of x (batch, K, seqlen, dim) along any permutations: what native gradients differentiate."""
-    ys = []
-    for k, order in enumerate(orders.unbind(0)):
-        y = conv_torch.causal_conv1d(
-            x=x[:, k].index_select(1, order),
-            weight=weight[k],
-            bias=None if bias is None else bias[k],
-            activation="silu" if silu else None,
-            initial_states=None,
-            seq_idx=None,
-            cu_seqlens=None,
-            reverse=False,
-            return_final_states=False,
+    activation = "silu" if silu else None
+
+    def direction(k: int, order: Tensor) -> Any:
+        read = x[:, k].index_select(1, order)
+        return conv_torch.causal_conv1d(
+            x=read, weight=weight[k], bias=row(bias, k), activation=activation, reverse=False, **WHOLE
         )
-        assert isinstance(y, Tensor)  # no final states were asked for
-        ys.append(torch.zeros_like(y).index_copy(1, order, y))
-    return torch.stack(ys, dim=1)
+
+    return by_orders(orders.unbind(0), direction)

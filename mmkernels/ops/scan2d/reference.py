@@ -3,19 +3,16 @@
 Reverse scans are permutations like any other here, so that nothing is shared with the reverse mode of the kernels.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from mmkernels.ops.causal_conv1d import reference as conv_reference
 from mmkernels.ops.gated_rms_norm import reference as norm_reference
-from mmkernels.ops.scan2d.orders import Scan, heads_and_keys, order_of
+from mmkernels.ops.scan2d.directions import WHOLE, by_orders, convolve_then_scan, own, row
+from mmkernels.ops.scan2d.orders import Scan, order_of
 from mmkernels.ops.ssd import reference as ssd_reference
-
-
-def _of(tensor: Tensor, k: int, order: Tensor, shared_dims: int) -> Tensor:
-    """What direction k reads of a tensor, in its order."""
-    own = tensor if tensor.dim() == shared_dims else tensor[:, k]
-    return own.index_select(1, order)
 
 
 def ssd_scan_2d(
@@ -35,30 +32,25 @@ def ssd_scan_2d(
     chunk_size: int | None,
 ) -> Tensor:
     """`mmkernels.ssd_scan_2d`, direction by direction."""
-    ys = []
-    for k, scan in enumerate(scans):
-        order = order_of(scan, height, width, x.device)
-        y = ssd_reference.ssd_scan(
-            x=_of(x, k, order, 4),
-            dt=_of(dt, k, order, 3),
+
+    def direction(k: int, order: Tensor) -> Any:
+        return ssd_reference.ssd_scan(
+            x=own(x, k, 4).index_select(1, order),
+            dt=own(dt, k, 3).index_select(1, order),
             A=A[k],
-            B=_of(B, k, order, 4),
-            C=_of(C, k, order, 4),
-            D=None if D is None else D[k],
+            B=own(B, k, 4).index_select(1, order),
+            C=own(C, k, 4).index_select(1, order),
+            D=row(D, k),
             z=None,
-            dt_bias=None if dt_bias is None else dt_bias[k],
+            dt_bias=row(dt_bias, k),
             dt_softplus=dt_softplus,
             dt_limit=dt_limit,
-            initial_states=None,
-            seq_idx=None,
-            cu_seqlens=None,
             chunk_size=None,
             reverse=False,
-            return_final_states=False,
+            **WHOLE,
         )
-        assert isinstance(y, Tensor)  # no final states were asked for
-        ys.append(torch.zeros_like(y).index_copy(1, order, y))
-    return torch.stack(ys, dim=1)
+
+    return by_orders([order_of(scan, height, width, x.device) for scan in scans], direction)
 
 
 def causal_conv1d_2d(
@@ -72,70 +64,19 @@ def causal_conv1d_2d(
     activation: str | None,
 ) -> Tensor:
     """`mmkernels.causal_conv1d_2d`, direction by direction."""
-    ys = []
-    for k, scan in enumerate(scans):
-        order = order_of(scan, height, width, x.device)
-        y = conv_reference.causal_conv1d(
-            x=_of(x, k, order, 3),
-            weight=weight[k],
-            bias=None if bias is None else bias[k],
-            activation=activation,
-            initial_states=None,
-            seq_idx=None,
-            cu_seqlens=None,
-            reverse=False,
-            return_final_states=False,
+
+    def direction(k: int, order: Tensor) -> Any:
+        read = own(x, k, 3).index_select(1, order)
+        return conv_reference.causal_conv1d(
+            x=read, weight=weight[k], bias=row(bias, k), activation=activation, reverse=False, **WHOLE
         )
-        assert isinstance(y, Tensor)  # no final states were asked for
-        ys.append(torch.zeros_like(y).index_copy(1, order, y))
-    return torch.stack(ys, dim=1)
+
+    return by_orders([order_of(scan, height, width, x.device) for scan in scans], direction)
 
 
-def conv_ssd_scan_2d(
-    *,
-    xBC: Tensor,
-    dt: Tensor,
-    conv_weight: Tensor,
-    A: Tensor,
-    headdim: int,
-    ngroups: int,
-    conv_bias: Tensor | None,
-    activation: str | None,
-    D: Tensor | None,
-    dt_bias: Tensor | None,
-    scans: tuple[Scan, ...],
-    height: int,
-    width: int,
-    dt_softplus: bool,
-    dt_limit: tuple[float, float],
-    chunk_size: int | None,
-) -> Tensor:
+def conv_ssd_scan_2d(**args: Any) -> Tensor:
     """`mmkernels.conv_ssd_scan_2d`: one part after the other."""
-    convolved = causal_conv1d_2d(
-        x=xBC,
-        weight=conv_weight,
-        bias=conv_bias,
-        scans=scans,
-        height=height,
-        width=width,
-        activation=activation,
-    )
-    x, B, C = heads_and_keys(convolved, A.shape[1], headdim, ngroups)
-    return ssd_scan_2d(
-        x=x,
-        dt=dt,
-        A=A,
-        B=B,
-        C=C,
-        D=D,
-        dt_bias=dt_bias,
-        scans=scans,
-        height=height,
-        width=width,
-        dt_softplus=dt_softplus,
-        dt_limit=dt_limit,
-        chunk_size=chunk_size,
-    )
+    return convolve_then_scan(causal_conv1d_2d, ssd_scan_2d, **args)
 
 
 def merged_gated_rms_norm(
