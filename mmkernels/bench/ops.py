@@ -16,6 +16,7 @@ from mmkernels.bench.peers import (
     ours,
     plain_torch,
     pruning,
+    scan2d,
     torchmamba,
     transformers_cpu,
 )
@@ -75,12 +76,22 @@ def _chunk_128_will_do(cell: Cell) -> str | None:
     return _compiling_pays(cell) if both else "left out: as fast as chunk 128"
 
 
-def _transformers(prepare: Callable[..., Prepared], chunk: int, tuned: bool = False) -> Contestant:
+def _transformers(
+    prepare: Callable[..., Prepared], chunk: int, tuned: bool = False, backward: str | None = None
+) -> Contestant:
     return Contestant(
         f"transformers, chunk {chunk}{', tuned malloc' if tuned else ''}",
         functools.partial(prepare, chunk=chunk),
         tuned_malloc=tuned,
-        backward=_FORWARD_ONLY if tuned else None,
+        backward=_FORWARD_ONLY if tuned else backward,
+    )
+
+
+def _both(prepare: Callable[..., Prepared], backward: str | None = None) -> tuple[Contestant, Contestant]:
+    """The native backend, and the one that needs no compiled code."""
+    return (
+        Contestant(OURS, prepare, backward=backward),
+        Contestant("mmkernels, torch backend", functools.partial(prepare, backend="torch"), backward=backward),
     )
 
 
@@ -88,8 +99,7 @@ SCAN = OpRace(
     problems.scan_problem,
     problems.scan_truth,
     (
-        Contestant(OURS, ours.scan),
-        Contestant("mmkernels, torch backend", functools.partial(ours.scan, backend="torch")),
+        *_both(ours.scan),
         Contestant("ggml_ssm_scan", ggml.scan, dtypes=("float32",), backward=_NO_GRADIENTS),
         Contestant("torch.compile, chunk 64", functools.partial(compiled.scan, chunk=64), left_out=_chunk_128_will_do),
         Contestant(
@@ -115,8 +125,7 @@ CONV = OpRace(
     problems.conv_problem,
     problems.conv_truth,
     (
-        Contestant(OURS, ours.conv),
-        Contestant("mmkernels, torch backend", functools.partial(ours.conv, backend="torch")),
+        *_both(ours.conv),
         Contestant("ggml_ssm_conv", ggml.conv, dtypes=("float32",), backward=_NO_GRADIENTS),
         Contestant("transformers", transformers_cpu.conv),
         Contestant("transformers, tuned malloc", transformers_cpu.conv, tuned_malloc=True, backward=_FORWARD_ONLY),
@@ -129,8 +138,7 @@ NORM = OpRace(
     problems.norm_problem,
     problems.norm_truth,
     (
-        Contestant(OURS, ours.norm),
-        Contestant("mmkernels, torch backend", functools.partial(ours.norm, backend="torch")),
+        *_both(ours.norm),
         Contestant("F.rms_norm and silu", plain_torch.norm),
         Contestant("transformers", transformers_cpu.norm),
         Contestant("transformers, tuned malloc", transformers_cpu.norm, tuned_malloc=True, backward=_FORWARD_ONLY),
@@ -143,8 +151,7 @@ UPDATE = OpRace(
     problems.update_problem,
     problems.update_truth,
     (
-        Contestant(OURS, ours.update, backward=_FORWARD_ONLY),
-        Contestant("mmkernels, torch backend", functools.partial(ours.update, backend="torch"), backward=_FORWARD_ONLY),
+        *_both(ours.update, _FORWARD_ONLY),
         Contestant("ggml_ssm_scan", ggml.update, dtypes=("float32",), backward=_NO_GRADIENTS),
         Contestant("transformers", transformers_cpu.update, backward=_FORWARD_ONLY),
     ),
@@ -156,10 +163,7 @@ CONV_UPDATE = OpRace(
     problems.conv_update_problem,
     problems.conv_update_truth,
     (
-        Contestant(OURS, ours.conv_update, backward=_FORWARD_ONLY),
-        Contestant(
-            "mmkernels, torch backend", functools.partial(ours.conv_update, backend="torch"), backward=_FORWARD_ONLY
-        ),
+        *_both(ours.conv_update, _FORWARD_ONLY),
         Contestant("transformers", transformers_cpu.conv_update, backward=_FORWARD_ONLY),
     ),
     baseline="transformers",
@@ -171,18 +175,9 @@ MIXER = OpRace(
     problems.mixer_truth,
     (
         Contestant(OURS, ours.mixer, backward=_FORWARD_ONLY),
-        Contestant(
-            "transformers, chunk 64", functools.partial(transformers_cpu.mixer, chunk=64), backward=_FORWARD_ONLY
-        ),
-        Contestant(
-            "transformers, chunk 256", functools.partial(transformers_cpu.mixer, chunk=256), backward=_FORWARD_ONLY
-        ),
-        Contestant(
-            "transformers, chunk 256, tuned malloc",
-            functools.partial(transformers_cpu.mixer, chunk=256),
-            backward=_FORWARD_ONLY,
-            tuned_malloc=True,
-        ),
+        _transformers(transformers_cpu.mixer, 64, backward=_FORWARD_ONLY),
+        _transformers(transformers_cpu.mixer, 256, backward=_FORWARD_ONLY),
+        _transformers(transformers_cpu.mixer, 256, tuned=True),
     ),
     baseline="transformers, chunk 256",
     limits=("gemm", "copy"),
@@ -193,8 +188,7 @@ ATTENTION = OpRace(
     attention.attention_problem,
     attention.attention_truth,
     (
-        Contestant(OURS, attention.ours),
-        Contestant("mmkernels, torch backend", functools.partial(attention.ours, backend="torch")),
+        *_both(attention.ours),
         Contestant("SDPA, dense mask", attention.sdpa_dense),
         Contestant("SDPA, dense mask, tuned malloc", attention.sdpa_dense, tuned_malloc=True, backward=_FORWARD_ONLY),
         Contestant("two flash calls merged", attention.two_calls, backward=_FORWARD_ONLY),
@@ -210,10 +204,7 @@ ATTENTION_DECODE = OpRace(
     attention.attention_problem,
     attention.attention_truth,
     (
-        Contestant(OURS, attention.ours, backward=_FORWARD_ONLY),
-        Contestant(
-            "mmkernels, torch backend", functools.partial(attention.ours, backend="torch"), backward=_FORWARD_ONLY
-        ),
+        *_both(attention.ours, _FORWARD_ONLY),
         Contestant("SDPA", functools.partial(attention.sdpa_decode, packed=False), backward=_FORWARD_ONLY),
         Contestant("SDPA, packed heads", functools.partial(attention.sdpa_decode, packed=True), backward=_FORWARD_ONLY),
     ),
@@ -226,10 +217,7 @@ PRUNE = OpRace(
     pruning.prune_problem,
     pruning.prune_truth,
     (
-        Contestant(OURS, pruning.ours, backward=_FORWARD_ONLY),
-        Contestant(
-            "mmkernels, torch backend", functools.partial(pruning.ours, backend="torch"), backward=_FORWARD_ONLY
-        ),
+        *_both(pruning.ours, _FORWARD_ONLY),
         Contestant("topk, sort, gather", pruning.topk_gather, backward=_FORWARD_ONLY),
         Contestant("topk, sort, index_select", pruning.topk_index_select, backward=_FORWARD_ONLY),
     ),
@@ -242,10 +230,7 @@ CLS_SCORES = OpRace(
     pruning.scores_problem,
     pruning.row_truth,
     (
-        Contestant(OURS, pruning.ours_row, backward=_FORWARD_ONLY),
-        Contestant(
-            "mmkernels, torch backend", functools.partial(pruning.ours_row, backend="torch"), backward=_FORWARD_ONLY
-        ),
+        *_both(pruning.ours_row, _FORWARD_ONLY),
         Contestant("eager map, then its row", pruning.map_row, backward=_FORWARD_ONLY),
         Contestant("softmax of one row", pruning.torch_row, backward=_FORWARD_ONLY),
     ),
@@ -258,10 +243,7 @@ COLUMN_SCORES = OpRace(
     pruning.scores_problem,
     pruning.column_truth,
     (
-        Contestant(OURS, pruning.ours_column, backward=_FORWARD_ONLY),
-        Contestant(
-            "mmkernels, torch backend", functools.partial(pruning.ours_column, backend="torch"), backward=_FORWARD_ONLY
-        ),
+        *_both(pruning.ours_column, _FORWARD_ONLY),
         Contestant("eager map, then its columns", pruning.map_column, backward=_FORWARD_ONLY),
     ),
     baseline="eager map, then its columns",
@@ -269,6 +251,42 @@ COLUMN_SCORES = OpRace(
     flops=pruning.column_flops,
     shapes=("clip-l",),
 )
+MERGE = OpRace(
+    pruning.merge_problem,
+    pruning.merge_truth,
+    (
+        *_both(pruning.ours_merge, _FORWARD_ONLY),
+        # Of bfloat16 keys the usual way rounds its cosines to bfloat16, and chooses others.
+        Contestant(
+            "product, argsort, scatter_reduce", pruning.torch_merge, dtypes=("float32",), backward=_FORWARD_ONLY
+        ),
+    ),
+    baseline="product, argsort, scatter_reduce",
+    limits=("copy",),
+    bytes=pruning.merge_bytes,
+    shapes=("clip-l", "clip-l-x16"),
+)
+
+
+def _grid(kind: str) -> OpRace:
+    """A grid read in several directions."""
+    scans = scan2d.SCANS[kind]
+    return OpRace(
+        functools.partial(scan2d.grid_problem, scans=scans),
+        scan2d.grid_truth,
+        (
+            *_both(scan2d.ours),
+            Contestant("mmkernels, a copy for each direction", scan2d.copies),
+            _transformers(scan2d.on_transformers, 64, backward=_FORWARD_ONLY),
+        ),
+        baseline="transformers, chunk 64",
+        limits=("gemm", "copy"),
+        flops=functools.partial(scan2d.grid_flops, scans=scans),
+        shapes=("130m", "2.7b"),
+    )
+
+
+SCAN2D_BOTH, SCAN2D_CROSS = _grid("bidirectional"), _grid("cross")
 
 OPS = {
     "ssd_scan": SCAN,
@@ -277,11 +295,14 @@ OPS = {
     "ssd_update": UPDATE,
     "causal_conv1d_update": CONV_UPDATE,
     "mixer": MIXER,
+    "scan2d_bidirectional": SCAN2D_BOTH,
+    "scan2d_cross": SCAN2D_CROSS,
     "mma_attention": ATTENTION,
     "mma_attention_decode": ATTENTION_DECODE,
     "prune_tokens": PRUNE,
     "cls_attention_scores": CLS_SCORES,
     "attention_column_scores": COLUMN_SCORES,
+    "merge_tokens": MERGE,
 }
 
 

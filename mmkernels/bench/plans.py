@@ -8,7 +8,8 @@ from mmkernels.bench.shapes import DTYPES, LAYERS, LENGTHS, Cell, shape_named
 from mmkernels.errors import ConfigError, nearest
 
 DECODE = ("ssd_update", "causal_conv1d_update")
-PRUNING = ("prune_tokens", "cls_attention_scores", "attention_column_scores")
+PRUNING = ("prune_tokens", "cls_attention_scores", "attention_column_scores", "merge_tokens")
+GRIDS = ("scan2d_bidirectional", "scan2d_cross")
 EXTRAS = ("memory", "first_call")
 PARTS = (*OPS, *EXTRAS)
 # Left out of a quick look: compiling takes longer than everything else, and one call takes seconds.
@@ -63,13 +64,13 @@ def _first_calls(threads: int, ops: Sequence[str]) -> tuple[Cell, ...]:
     return tuple(
         Cell(op, "130m", 1 if op in DECODE else 512, "float32", threads)
         for op in ops
-        if "130m" in OPS[op].shapes and op != "mixer"
+        if "130m" in OPS[op].shapes and op not in ("mixer", *GRIDS)  # several ops each
     )
 
 
 def quick(threads: int) -> Plan:
     """Every op once at the smallest layer, less than 90 seconds."""
-    ops = tuple(OPS)
+    ops = tuple(op for op in OPS if op != "scan2d_cross")
     cells = [cell for op in ops for cell in _cells(op, ("130m",), (512,), ("float32",), (threads,))]
     cells += _cells("mma_attention", ("aki",), (512,), ("float32",), (threads,))
     cells += _cells("mma_attention_decode", ("kv-cache",), (8192,), ("bfloat16",), (threads,))
@@ -124,6 +125,13 @@ def full(threads: int) -> Plan:
         *_cells("mixer", OPS["mixer"].shapes, (2048,), ("bfloat16",), (threads,)),
         *_cells("mixer", ("130m",), (2048,), ("float32",), one),
     ]
+    grids = [
+        *_cells("scan2d_bidirectional", ("130m", "2.7b"), (729, 2916), ("float32",), both),
+        *_cells("scan2d_bidirectional", ("2.7b",), (729,), ("bfloat16",), (threads,)),
+        *_cells("scan2d_bidirectional", ("2.7b",), (729,), ("float32",), (threads,), backward=True),
+        *_cells("scan2d_cross", ("2.7b",), (729, 2916), ("float32",), (threads,)),
+        *_cells("scan2d_cross", ("2.7b",), (729,), ("float32",), (threads,), backward=True),
+    ]
     attention = [
         *_cells("mma_attention", ("aki", "aki-d128", "bidir"), (1024,), DTYPES, both),
         *_cells("mma_attention", ("aki-d128", "aki-short-d128", "bidir-d128"), (4096,), ("float32",), (threads,)),
@@ -140,7 +148,7 @@ def full(threads: int) -> Plan:
         *_cells("ssd_scan", ("130m",), (512,), ("float32",), (threads,), backward=True),
         *_cells("causal_conv1d", ("2.7b",), (2048,), ("float32",), (threads,)),
     )
-    cells = tuple(scan + streams + decode + mixer + attention + pruned)
+    cells = tuple(scan + streams + decode + mixer + grids + attention + pruned)
     return Plan(cells, memory, _first_calls(threads, tuple(OPS)), patience=4.0)
 
 

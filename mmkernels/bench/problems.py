@@ -119,7 +119,7 @@ def scan_problem(cell: Cell) -> Problem:
         "D": normal(s.nheads),
         "dt_bias": step + torch.log(-torch.expm1(-step)),
     }
-    return Problem(cell, _tracked(cell, args))
+    return Problem(cell, tracked(cell, args))
 
 
 def conv_problem(cell: Cell) -> Problem:
@@ -131,7 +131,7 @@ def conv_problem(cell: Cell) -> Problem:
         "weight": (torch.randn(s.conv_dim, s.conv_width, generator=generator) / 2).to(dtype),
         "bias": (torch.randn(s.conv_dim, generator=generator) / 2).to(dtype),
     }
-    return Problem(cell, _tracked(cell, args))
+    return Problem(cell, tracked(cell, args))
 
 
 def norm_problem(cell: Cell) -> Problem:
@@ -145,7 +145,7 @@ def norm_problem(cell: Cell) -> Problem:
         "z": torch.randn(size, generator=generator).to(dtype),
         "weight": (1 + 0.1 * torch.randn(size[-1], generator=generator)).to(dtype),
     }
-    return Problem(cell, _tracked(cell, args))
+    return Problem(cell, tracked(cell, args))
 
 
 def update_problem(cell: Cell) -> Problem:
@@ -195,7 +195,8 @@ def mixer_problem(cell: Cell) -> Problem:
     return Problem(cell, args)
 
 
-def _tracked(cell: Cell, args: dict[str, Tensor]) -> dict[str, Any]:
+def tracked(cell: Cell, args: dict[str, Tensor]) -> dict[str, Any]:
+    """The same tensors, as leaves if gradients are raced."""
     return {k: v.requires_grad_() for k, v in args.items()} if cell.backward else args
 
 

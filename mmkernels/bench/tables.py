@@ -23,6 +23,9 @@ TITLES = {
     "prune_tokens": "prune_tokens: 1/9 of the patches of CLIP ViT-L/14-336, chosen by score and gathered",
     "cls_attention_scores": "cls_attention_scores: the row of [CLS] in a layer of CLIP ViT-L/14-336",
     "attention_column_scores": "attention_column_scores: the mean of every column in a layer of CLIP ViT-L/14-336",
+    "merge_tokens": "bipartite_soft_matching, merge_tokens: 1/25 of the tokens of CLIP ViT-L/14-336 merged",
+    "scan2d_bidirectional": "A grid read along its rows both ways, between a mixer's two projections",
+    "scan2d_cross": "A grid read along rows and columns both ways, between a mixer's two projections",
     "mixer": "A Mamba-2 mixer between its two projections: convolution, scan, gate, norm",
 }
 

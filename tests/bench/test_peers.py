@@ -17,6 +17,7 @@ from mmkernels.bench.shapes import Cell
 # Fetched over the network, or compiled for many seconds: test_fetched_and_compiled_peers takes them.
 HEAVY = ("flex_attention", "torch.compile", "ssd_", "torchmamba", "selective_scan_ref")
 DECODE = ("ssd_update", "causal_conv1d_update")
+SHORT = {"scan2d_bidirectional": 130, "scan2d_cross": 35}  # their oracles take every direction token by token
 
 
 def cells(backward=False):
@@ -25,7 +26,7 @@ def cells(backward=False):
             if shape in race.shapes and not (
                 backward and (op in DECODE or shape == "clip-l" or op in ("mixer", "mma_attention_decode"))
             ):
-                length = 1 if op in DECODE else 20 if shape == "training" else 512
+                length = 1 if op in DECODE else SHORT.get(op, 20 if shape == "training" else 512)
                 yield Cell(op, shape, length, backward=backward)
 
 
@@ -113,6 +114,18 @@ def test_objections_are_known_before_anything_runs():
         ops.prepare(Cell("ssd_scan", "130m", 512, backward=True), scan.contestant("ggml_ssm_scan"))
     with pytest.raises(Unavailable, match="many seconds"):
         ops.prepare(Cell("ssd_scan", "2.7b", 8192), scan.contestant("selective_scan_ref"))
+
+
+def test_whoever_swaps_two_directions_is_refused():
+    cell = Cell("scan2d_bidirectional", "130m", 12)
+
+    def swapped(problem):
+        for name in ("conv_weight", "A_log"):
+            problem.args[name] = problem.args[name].flip(0)
+        return OPS[cell.op].contestant("mmkernels, torch backend").prepare(problem)
+
+    with torch.no_grad(), pytest.raises(Unavailable, match="the error of its results"):
+        error_of(cell, Contestant("swapped", swapped))
 
 
 def test_all_layers_are_updated_in_rotation():

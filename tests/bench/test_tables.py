@@ -36,6 +36,9 @@ def test_useful_work():
     assert shapes.conv_bytes(Cell("causal_conv1d", "2.7b", 2048, "bfloat16")) == 2 * 2048 * 5376 * 2
     assert shapes.norm_bytes(Cell("gated_rms_norm", "training", 20)) == 3 * 64 * 20 * 128 * 4
     assert shapes.update_bytes(Cell("ssd_update", "2.7b", 1)) == 2 * 80 * 64 * 128 * 4
+    one, four = Cell("ssd_scan", "2.7b", 729), Cell("scan2d_cross", "2.7b", 729)
+    assert OPS["scan2d_cross"].flops(four) == 4 * shapes.scan_flops(one)
+    assert OPS["merge_tokens"].bytes(Cell("merge_tokens", "clip-l-x16", 576)) == 16 * (577 + 577 - 23) * 1024 * 4
 
 
 def test_a_tiny_cell_keeps_what_matters():
@@ -132,6 +135,7 @@ def test_plans_are_made_of_known_cells():
         for length in shapes.LENGTHS:
             assert f"ssd_scan/{shape}/{length}/float32/2T/forward" in ids
         assert f"ssd_update/{shape}/1/bfloat16/1T/forward" in ids
+    assert "scan2d_bidirectional/2.7b/729/float32/1T/forward" in ids
     assert {"causal_conv1d/2.7b/2048/bfloat16/2T/forward", "mixer/1.3b/2048/float32/2T/forward"} <= ids
 
 
@@ -158,6 +162,7 @@ def test_a_wrong_choice_is_refused(choice, said):
 
 
 def test_first_come_names_are_unique():
+    assert set(tables.TITLES) == set(OPS)
     for op in OPS.values():
         names = [c.name for c in op.contestants]
         assert len(set(names)) == len(names)

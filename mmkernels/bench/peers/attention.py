@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import mmkernels
-from mmkernels.bench.peers.ours import _require
+from mmkernels.bench.peers.ours import require_ready
 from mmkernels.bench.problems import Prepared, Problem, Unavailable
 from mmkernels.bench.shapes import Cell
 from mmkernels.ops.mma_attention.mask import MMAMask, mma_mask
@@ -61,7 +61,7 @@ def cache_bytes(cell: Cell) -> float:
 
 def ours(problem: Problem, *, backend: str = "native") -> Prepared:
     """`mmkernels.mma_attention`."""
-    _require(backend, "mma_attention")
+    require_ready(backend, "mma_attention")
     args = problem.args
     return Prepared(lambda: mmkernels.mma_attention(**args, backend=backend))
 

@@ -10,37 +10,43 @@ from mmkernels.errors import BackendError
 from mmkernels.layers import Mamba2Mixer
 
 
-def _require(backend: str | None, op: str) -> None:
-    # A race of "mmkernels" that quietly fell back to plain torch would be mislabelled; None asks for no promise.
-    state = "ready" if backend is None else mmkernels.backends()[op][backend]
+def require_ready(backend: str | None, op: str) -> None:
+    """Refuse to race a backend that is not there; None asks for no promise.
+
+    A race of "mmkernels" that quietly fell back to plain torch would be mislabelled.
+
+    Raises:
+        Unavailable: the op has no such backend, or it cannot run here.
+    """
+    state = "ready" if backend is None else mmkernels.backends()[op].get(backend, "there is none")
     if state != "ready":
         raise Unavailable(f"its {backend} backend is not ready: {state}")
 
 
 def scan(problem: Problem, *, backend: str | None = "native") -> Prepared:
     """`mmkernels.ssd_scan`."""
-    _require(backend, "ssd_scan")
+    require_ready(backend, "ssd_scan")
     args = problem.args
     return Prepared(lambda: mmkernels.ssd_scan(**args, dt_softplus=True, backend=backend))
 
 
 def conv(problem: Problem, *, backend: str | None = "native") -> Prepared:
     """`mmkernels.causal_conv1d`."""
-    _require(backend, "causal_conv1d")
+    require_ready(backend, "causal_conv1d")
     args = problem.args
     return Prepared(lambda: mmkernels.causal_conv1d(**args, activation="silu", backend=backend))
 
 
 def norm(problem: Problem, *, backend: str | None = "native") -> Prepared:
     """`mmkernels.gated_rms_norm`."""
-    _require(backend, "gated_rms_norm")
+    require_ready(backend, "gated_rms_norm")
     args, first = problem.args, problem.cell.sizes.norm_per_head
     return Prepared(lambda: mmkernels.gated_rms_norm(**args, norm_before_gate=first, backend=backend))
 
 
 def update(problem: Problem, *, backend: str | None = "native") -> Prepared:
     """`mmkernels.ssd_update`, one call for each layer."""
-    _require(backend, "ssd_update")
+    require_ready(backend, "ssd_update")
     states, rest = problem.args["states"], {k: v for k, v in problem.args.items() if k != "states"}
 
     def run() -> Tensor:
@@ -53,7 +59,7 @@ def update(problem: Problem, *, backend: str | None = "native") -> Prepared:
 
 def conv_update(problem: Problem, *, backend: str | None = "native") -> Prepared:
     """`mmkernels.causal_conv1d_update`, one call for each layer."""
-    _require(backend, "causal_conv1d_update")
+    require_ready(backend, "causal_conv1d_update")
     a = problem.args
     layers = list(zip(a["states"], a["weights"], a["biases"], strict=True))
 
@@ -68,7 +74,7 @@ def conv_update(problem: Problem, *, backend: str | None = "native") -> Prepared
 def mixer(problem: Problem) -> Prepared:
     """`mmkernels.layers.Mamba2Mixer` with identities in place of its projections."""
     for op in ("ssd_scan", "causal_conv1d", "gated_rms_norm"):
-        _require("native", op)
+        require_ready("native", op)
     a, s = problem.args, problem.cell.sizes
     layer = Mamba2Mixer(
         s.d_inner // 2, d_state=s.dstate, d_conv=s.conv_width, headdim=s.headdim, ngroups=s.ngroups,

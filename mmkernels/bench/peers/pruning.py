@@ -1,6 +1,7 @@
 """Pruning of visual tokens: the problems of CLIP ViT-L/14-336, and how torch does it.
 
-The choice of 1/9 of the patches with the gather of their features; one row of attention; the mean of its columns.
+The choice of 1/9 of the patches with the gather of their features; one row of attention; the mean of its columns; the
+match of like tokens and their merge, as in one layer of ToMe.
 """
 
 from typing import Any
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 import mmkernels
-from mmkernels.bench.peers.ours import _require
+from mmkernels.bench.peers.ours import require_ready
 from mmkernels.bench.problems import Prepared, Problem
 from mmkernels.bench.shapes import Cell
 
@@ -34,9 +35,67 @@ def prune_bytes(cell: Cell) -> float:
     return 2.0 * cell.sizes.batch * (cell.seqlen // 9) * cell.sizes.d_inner * _BYTES[cell.dtype]
 
 
+def merge_problem(cell: Cell) -> Problem:
+    """Tokens with [CLS], what makes them alike (keys, mean over heads), and how many tokens each already stands for."""
+    s, generator = cell.sizes, torch.Generator().manual_seed(0)
+    dtype, size = getattr(torch, cell.dtype), (s.batch, cell.seqlen + 1)
+    args = {
+        "metric": torch.randn(*size, s.headdim, generator=generator).to(dtype),
+        "x": torch.randn(*size, s.d_inner, generator=generator).to(dtype),
+        "sizes": 1 + torch.rand(*size, generator=generator),
+    }
+    return Problem(cell, {**args, "r": cell.seqlen // 25})  # 23 of 576 in each of 24 layers leave 25 tokens
+
+
+def merge_truth(args: dict[str, Any]) -> Tensor:
+    """The definition."""
+    return _merge(args, "reference")
+
+
+def merge_bytes(cell: Cell) -> float:
+    """Bytes a merge must move: tokens in, those that are left out."""
+    s = cell.sizes
+    return s.batch * (2.0 * cell.seqlen + 2 - cell.seqlen // 25) * s.d_inner * _BYTES[cell.dtype]
+
+
+def _merge(args: dict[str, Any], backend: str) -> Tensor:
+    plan = mmkernels.bipartite_soft_matching(args["metric"], args["r"], protect=1, order="sets", backend=backend)
+    return mmkernels.merge_tokens(args["x"], plan, sizes=args["sizes"], backend=backend)[0]
+
+
+def ours_merge(problem: Problem, *, backend: str = "native") -> Prepared:
+    """`mmkernels.bipartite_soft_matching` and `mmkernels.merge_tokens`."""
+    for op in ("bipartite_soft_matching", "merge_tokens"):
+        require_ready(backend, op)
+    return Prepared(lambda: _merge(problem.args, backend))
+
+
+def torch_merge(problem: Problem) -> Prepared:
+    """ToMe as usually written: a product, argsort, gathers and scatter_reduce over whole halves."""
+    a, r = problem.args, problem.args["r"]
+
+    def halves(x: Tensor, left: Tensor, merged: Tensor, target: Tensor) -> Tensor:
+        even, odd, wide = x[:, ::2], x[:, 1::2], (-1, -1, x.shape[-1])
+        odd = odd.scatter_reduce(1, target.expand(wide), even.gather(1, merged.expand(wide)), reduce="sum")
+        return torch.cat([even.gather(1, left.expand(wide)), odd], 1)
+
+    def run() -> Tensor:
+        unit = a["metric"] / a["metric"].norm(dim=-1, keepdim=True)
+        scores = unit[:, ::2] @ unit[:, 1::2].transpose(-1, -2)
+        scores[:, 0] = -torch.inf  # [CLS] stays
+        best, link = scores.max(-1)
+        order = best.argsort(-1, descending=True)[..., None]
+        left, merged = order[:, r:].sort(1).values, order[:, :r]
+        places = (left, merged, link[..., None].gather(1, merged))
+        weight = a["sizes"][..., None]
+        return halves(a["x"] * weight, *places) / halves(weight, *places)
+
+    return Prepared(run)
+
+
 def ours(problem: Problem, *, backend: str = "native") -> Prepared:
     """`mmkernels.prune_tokens`."""
-    _require(backend, "prune_tokens")
+    require_ready(backend, "prune_tokens")
     args = problem.args
     return Prepared(lambda: mmkernels.prune_tokens(**args, backend=backend).tokens)
 
@@ -94,14 +153,14 @@ def column_flops(cell: Cell) -> float:
 
 def ours_row(problem: Problem, *, backend: str = "native") -> Prepared:
     """`mmkernels.cls_attention_scores`."""
-    _require(backend, "cls_attention_scores")
+    require_ready(backend, "cls_attention_scores")
     q, k = problem.args["q"], problem.args["k"]
     return Prepared(lambda: mmkernels.cls_attention_scores(q[:, :1], k, backend=backend))
 
 
 def ours_column(problem: Problem, *, backend: str = "native") -> Prepared:
     """`mmkernels.attention_column_scores`."""
-    _require(backend, "attention_column_scores")
+    require_ready(backend, "attention_column_scores")
     args = problem.args
     return Prepared(lambda: mmkernels.attention_column_scores(**args, backend=backend))
 

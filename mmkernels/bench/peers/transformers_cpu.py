@@ -91,16 +91,22 @@ def conv_update(problem: Problem) -> Prepared:
     return Prepared(run, lambda y: with_state(y, a["states"][-1]), len(layers))
 
 
-def mixer(problem: Problem, *, chunk: int) -> Prepared:
+def mixer_layer(sizes: Any, args: dict[str, Tensor], chunk: int) -> Any:
     """Its Mamba2Mixer with identities in place of the projections."""
     from transformers import Mamba2Config
 
-    a, s = problem.args, problem.cell.sizes
+    s = sizes
     config = Mamba2Config(
         hidden_size=s.d_inner // 2, num_hidden_layers=1, num_heads=s.nheads, head_dim=s.headdim, state_size=s.dstate,
         n_groups=s.ngroups, conv_kernel=s.conv_width, expand=2, chunk_size=chunk, layer_norm_epsilon=1e-5,
     )  # fmt: skip
-    layer = _mamba2().Mamba2Mixer(config, 0).to(a["zxbcdt"].dtype).eval()
+    layer = _mamba2().Mamba2Mixer(config, 0).to(args["zxbcdt"].dtype).eval()
     layer.in_proj = layer.out_proj = nn.Identity()
-    fill_mixer(layer, a)
-    return Prepared(lambda: layer(a["zxbcdt"]))
+    fill_mixer(layer, args)
+    return layer
+
+
+def mixer(problem: Problem, *, chunk: int) -> Prepared:
+    """Its Mamba2Mixer without projections."""
+    layer = mixer_layer(problem.cell.sizes, problem.args, chunk)
+    return Prepared(lambda: layer(problem.args["zxbcdt"]))
