@@ -1,10 +1,11 @@
 // out = c sum over scans k of w v_k / rms(v_k), v_k = y_k silu(z), rms(v)^2 = mean(v^2) + eps over groups of channels.
 // The gradients are derived in the op's README.
 //
-// A task owns whole tokens: y and z are read from memory once, silu(z) is computed once for all scans, and the sum stays
-// in L1 until it is complete.  Scans are added first to last.
+// A task owns whole tokens: y and z are read from memory once, and silu(z) is computed once for all scans.  Scans are
+// added first to last.
 #include "cpu/merged_gated_rms_norm.h"
 
+#include "common/arena.h"
 #include "common/parallel.h"
 #include "common/vec.h"
 #include "common/vec_math.h"
@@ -26,51 +27,86 @@ MMK_INLINE void load_gate(const T* z, int64_t n, A* gate) {
   for_lanes<V>(n, [&](int64_t i, auto lanes) { silu(V::load(z + i, lanes)).store(gate + i, lanes); });
 }
 
-// v = y gate in `kept` (y itself without a gate); returns 1 / rms(v).
-template <class T, class A>
-MMK_INLINE A load_group(const T* y, const A* gate, int64_t n, A eps, A* kept) {
+inline constexpr int kScansAtOnce = 4;
+
+// rstd[s] = 1 / rms(rows[s] gate) for S scans, whose sums hide one another's latency; makes the gate of z on the way.
+template <int S, class T, class A>
+void statistics(const T* const* rows, const T* z, int64_t n, double eps, A* gate, A* rstd) {
   using V = Vec<A>;
-  V squares;
+  V squares[S];
   for_lanes<V>(n, [&](int64_t i, auto lanes) {
-    V v = V::load(y + i, lanes);
-    if (gate != nullptr) v = v * V::load(gate + i, lanes);
-    v.store(kept + i, lanes);
-    squares = fma(v, v, squares);
+    V g(A(1));
+    if (z != nullptr) {
+      g = silu(V::load(z + i, lanes));
+      g.store(gate + i, lanes);
+    } else if (gate != nullptr) {
+      g = V::load(gate + i, lanes);
+    }
+#pragma GCC unroll 4
+    for (int s = 0; s < S; ++s) {
+      const V v = V::load(rows[s] + i, lanes) * g;
+      squares[s] = fma(v, v, squares[s]);
+    }
   });
-  return A(1) / A(__builtin_sqrt(double(sum(squares) / A(n) + eps)));
+  for (int s = 0; s < S; ++s) rstd[s] = A(1) / A(__builtin_sqrt(double(sum(squares[s]) / A(n) + A(eps))));
+}
+
+// The same for any number of scans.
+template <class T, class A>
+void all_statistics(const T* const* rows, int64_t scans, const T* z, int64_t n, double eps, A* gate, A* rstd) {
+  for (int64_t k = 0; k < scans; k += kScansAtOnce, z = nullptr) {
+    switch (scans - k) {
+      case 1: statistics<1>(rows + k, z, n, eps, gate, rstd + k); break;
+      case 2: statistics<2>(rows + k, z, n, eps, gate, rstd + k); break;
+      case 3: statistics<3>(rows + k, z, n, eps, gate, rstd + k); break;
+      default: statistics<kScansAtOnce>(rows + k, z, n, eps, gate, rstd + k);
+    }
+  }
+}
+
+// What a task of the forward pass keeps of one group.
+template <class T, class A>
+struct ForwardScratch {
+  A *gate, *rstd;
+  const T** rows;
+  ForwardScratch(Arena& arena, const MergedGatedRmsNormForward& a)
+      : gate(a.z.data == nullptr ? nullptr : arena.take<A>(a.group_size)), rstd(arena.take<A>(a.scans)),
+        rows(arena.take<const T*>(a.scans)) {}
+};
+
+// One group of one token: y is read twice, the second time from L2 at the worst.
+template <class T, class A>
+void forward_group(const MergedGatedRmsNormForward& a, const ForwardScratch<T, A>& scratch, int64_t r, int64_t g) {
+  using V = Vec<A>;
+  const int64_t b = r / a.seqlen, t = r % a.seqlen, n = a.group_size, at = g * n, groups = a.dim / n;
+  const A *gate = scratch.gate, *rstd = scratch.rstd, *w = static_cast<const A*>(a.weight) + g * a.parameter_stride;
+  const T** rows = scratch.rows;
+  for (int64_t k = 0; k < a.scans; ++k) rows[k] = token_of<T>(a.y, b, k, t) + at;
+  const T* z = gate == nullptr ? nullptr : token_of<T>(a.z, b, 0, t) + at;
+  all_statistics(rows, a.scans, z, n, a.eps, scratch.gate, scratch.rstd);
+  for (int64_t k = 0; a.rstd != nullptr && k < a.scans; ++k) {
+    static_cast<A*>(a.rstd)[((b * a.scans + k) * a.seqlen + t) * groups + g] = rstd[k];
+  }
+  T* out = static_cast<T*>(a.out) + r * a.dim + at;
+  const V factor{A(a.factor)};
+  for_lanes<V>(n, [&](int64_t i, auto lanes) {
+    V sum;
+    for (int64_t k = 0; k < a.scans; ++k) sum = fma(V::load(rows[k] + i, lanes), V(rstd[k]), sum);
+    if (gate != nullptr) sum = sum * V::load(gate + i, lanes);
+    (sum * V::load(w + i, lanes) * factor).store(out + i, lanes);
+  });
 }
 
 template <class T>
 void forward(const MergedGatedRmsNormForward& a) {
   using A = Arithmetic<T>;
-  using V = Vec<A>;
-  const int64_t groups = a.dim / a.group_size, n = a.group_size;
-  const int64_t padded = (n + 15) / 16 * 16;
   parallel_for(a.batch * a.seqlen, grain_of(a.dim * a.scans), [&](int64_t begin, int64_t end) {
-    A* const scratch = static_cast<A*>(thread_scratch(3 * sizeof(A) * padded));
-    A *const kept = scratch, *const total = scratch + padded;
-    A* const gate = a.z.data == nullptr ? nullptr : scratch + 2 * padded;
+    Arena measure{nullptr};
+    ForwardScratch<T, A>(measure, a);
+    Arena arena{static_cast<char*>(thread_scratch(measure.used))};
+    const ForwardScratch<T, A> scratch(arena, a);
     for (int64_t r = begin; r < end; ++r) {
-      const int64_t b = r / a.seqlen, t = r % a.seqlen;
-      for (int64_t g = 0; g < groups; ++g) {
-        const int64_t at = g * n;
-        const A* w = static_cast<const A*>(a.weight) + g * a.parameter_stride;
-        T* out = static_cast<T*>(a.out) + r * a.dim + at;
-        if (gate != nullptr) load_gate(token_of<T>(a.z, b, 0, t) + at, n, gate);
-        for (int64_t k = 0; k < a.scans; ++k) {
-          const A rstd = load_group(token_of<T>(a.y, b, k, t) + at, gate, n, A(a.eps), kept);
-          if (a.rstd != nullptr) static_cast<A*>(a.rstd)[((b * a.scans + k) * a.seqlen + t) * groups + g] = rstd;
-          const V scale(rstd);
-          const bool last = k + 1 == a.scans;
-          const V factor{A(a.factor)};
-          for_lanes<V>(n, [&](int64_t i, auto lanes) {
-            V sum = V::load(kept + i, lanes) * scale;
-            if (k > 0) sum += V::load(total + i, lanes);
-            if (!last) return sum.store(total + i, lanes);
-            (sum * V::load(w + i, lanes) * factor).store(out + i, lanes);
-          });
-        }
-      }
+      for (int64_t g = 0; g < a.dim / a.group_size; ++g) forward_group(a, scratch, r, g);
     }
   });
 }

@@ -63,10 +63,12 @@ struct Decays {
   A *high, *low;    // s = high + low: differences of s are exact to float's rounding of the difference itself
   A *grown, *left;  // e^{s_i}, e^{s_T - s_i}
   A all;            // e^{s_T}
+  A *until, *after; // factor()
 
   Decays(Arena& arena, int64_t tokens)
       : pre(arena.take<A>(tokens)), dt(arena.take<A>(tokens)), high(arena.take<A>(tokens)), low(arena.take<A>(tokens)),
-        grown(arena.take<A>(tokens)), left(arena.take<A>(tokens)) {}
+        grown(arena.take<A>(tokens)), left(arena.take<A>(tokens)), until(arena.take<A>(tokens)),
+        after(arena.take<A>(tokens / Vec<A>::size * tokens)) {}
 
   void compute(const Ssd& a, const SsdChunk& chunk, int64_t batch, int64_t head) {
     using V = Vec<A>;
@@ -97,6 +99,19 @@ struct Decays {
       exp(min(V(), (last_high - h) + (last_low - l))).store(left + i);
     }
     all = grown[whole - 1];
+  }
+
+  // e^{s_i - s_j} dt_j = until[j] after[v][i] for tokens i behind the vector v of j, with p that vector's last token:
+  // until_j = e^{s_p - s_j} dt_j, after_i = e^{s_i - s_p}.  Neither exponent is positive, and exponentials are taken of
+  // vectors in place of pairs.  `after` has rows of `row` elements, one a vector.
+  void factor(int64_t count, int64_t row) const {
+    using V = Vec<A>;
+    for (int64_t first = 0; first < count; first += V::size) {
+      const int64_t last = first + V::size - 1;
+      const V difference = (V(high[last]) - V::load(high + first)) + (V(low[last]) - V::load(low + first));
+      (exp(min(V(), difference)) * V::load(dt + first)).store(until + first);
+      for (int64_t i = last + 1; i < count; i += V::size) between(last, i).store(after + first / V::size * row + i);
+    }
   }
 
   // e^{s_i - s_j} for the lanes i, i + 1, ...

@@ -90,12 +90,12 @@ struct Forward {
   void load_x(const SsdChunk& chunk, int64_t batch, int64_t head, bool leaves) {
     const T* from = head_of<T>(a.x, batch, head);
     const Walk token(a, chunk);
-    if (a.conv.width > 0) return convolve_x(chunk, from, head, leaves);
+    if (a.conv.width > 0) return convolve_x(chunk, batch, from, head, leaves);
     if (!leaves) return pack(a.x, from, token, chunk.length, a.headdim, x, width);
     for (int64_t t = 0; t < chunk.length; ++t) {
       const V weight(decays.left[t] * decays.dt[t]);
       const T* row = from + token[t] * a.x.token;
-      fetch_next(row);
+      fetch_next(row), fetch_output(batch, token[t], head);
       for_lanes<V>(a.headdim, [&](int64_t i, auto lanes) {
         const V value = V::load(row + i, lanes);
         value.store(x + t * width + i);
@@ -110,8 +110,15 @@ struct Forward {
     for (int64_t i = 0; i < a.headdim; i += line) __builtin_prefetch(row + a.x.head + i);
   }
 
+  // The rows of y that this head will write; long enough before it does.
+  MMK_INLINE void fetch_output(int64_t batch, int64_t token, int64_t head) const {
+    const int64_t bytes = a.y_arithmetic ? sizeof(A) : sizeof(T);
+    const char* row = static_cast<const char*>(a.y) + dense(a, batch, token, head, a.heads, a.headdim) * bytes;
+    for (int64_t i = 0; i < a.headdim * bytes; i += 64) __builtin_prefetch(row + i, 1, 2);
+  }
+
   // The same for x that a convolution makes: a few rows at a time, which stay in registers and L1.
-  void convolve_x(const SsdChunk& chunk, const T* from, int64_t head, bool leaves) {
+  void convolve_x(const SsdChunk& chunk, int64_t batch, const T* from, int64_t head, bool leaves) {
     const SsdConvolution& c = a.conv;
     const int64_t at = head * a.headdim;
     const Taps<A> taps{static_cast<const A*>(c.taps) + at, c.channels, c.width};
@@ -123,7 +130,10 @@ struct Forward {
         taken[k] = position < 0 ? nothing : from + a.order[position] * a.x.token;
       }
       A* out[R];
-      for (int r = 0; r < R; ++r) out[r] = x + (t + r) * width, fetch_next(taken[r + c.width - 1]);
+      for (int r = 0; r < R; ++r) {
+        out[r] = x + (t + r) * width;
+        fetch_next(taken[r + c.width - 1]), fetch_output(batch, a.order[chunk.token + t + r], head);
+      }
       convolve<R>(taken, taps, bias, c.silu, out, a.headdim);
     };
     int64_t t = 0;
@@ -139,15 +149,16 @@ struct Forward {
   // weights[j][i] = (B_j . C_i) e^{s_i - s_j} dt_j, and D on top of the diagonal.
   void fill_weights(int64_t tokens, A skip) {
     const int64_t pairs = keys.pair_row;
+    decays.factor(tokens, pairs);
     for (int64_t j = 0; j < tokens; ++j) {
       A* to = weights + j * pairs;
-      const A* scores = keys.scores + j * pairs;
+      const A *scores = keys.scores + j * pairs, *after = decays.after + j / V::size * pairs;
       const int64_t diagonal = j / V::size * V::size;
       for (int64_t i = first_read<A>(j); i < diagonal; i += V::size) V().store(to + i);
-      const V dt(decays.dt[j]);
+      const V dt(decays.dt[j]), until(decays.until[j]);
       from_lane(j, diagonal, V::load(scores + diagonal) * decays.between(j, diagonal) * dt).store(to + diagonal);
       for (int64_t i = diagonal + V::size; i < tokens; i += V::size) {
-        (V::load(scores + i) * decays.between(j, i) * dt).store(to + i);
+        (V::load(scores + i) * (V::load(after + i) * until)).store(to + i);
       }
       to[j] += skip;
     }

@@ -203,8 +203,8 @@ FAULTS = [
     Fault(
         "the last direction stands for all",
         "merged_gated_rms_norm.cpp",
-        "if (k > 0) sum += ",
-        "if (false) sum += ",
+        "V(rstd[k]), sum);",
+        "V(rstd[k]), V());",
         "merged_gated_rms_norm",
         "mean",
     ),
