@@ -9,6 +9,11 @@ namespace mmkernels::MMK_ISA_NS {
 
 namespace {
 
+// What is read next after x of a chunk and head: `count` tokens, `tokens` further on in the scan and `heads` heads up.
+struct Ahead {
+  int64_t tokens, count, heads;
+};
+
 template <class T>
 struct Forward {
   using A = Arithmetic<T>;
@@ -20,6 +25,7 @@ struct Forward {
   Decays<A> decays;
   A *x, *weighted_x, *weights, *y, *states;
   bool* empty;  // of each head: its state is zero
+  Ahead ahead;
   const T** taken;  // the rows that a convolution reads
   T* nothing;       // and what it reads before the first token
 
@@ -47,6 +53,9 @@ struct Forward {
       keys.template load<T>(a, chunk, row.batch, unit.group);
       for (int64_t h = 0; h < unit.heads; ++h) {
         if (chunk.entry == SsdEntry::zero) empty[h] = true;
+        const bool last = h + 1 == unit.heads;
+        const int64_t follows = c + 1 < row.end && !a.chunk[c + 1].padding ? a.chunk[c + 1].length : 0;
+        ahead = last ? Ahead{chunk.length, follows, 1 - unit.heads} : Ahead{0, chunk.length, 1};
         one_head(chunk, row.batch, unit.first_head + h, state(h), empty[h], leaves);
         empty[h] = !leaves;
       }
@@ -95,7 +104,7 @@ struct Forward {
     for (int64_t t = 0; t < chunk.length; ++t) {
       const V weight(decays.left[t] * decays.dt[t]);
       const T* row = from + token[t] * a.x.token;
-      fetch_next(row), fetch_output(batch, token[t], head);
+      fetch_next(from, token, t, batch, head), fetch_output(batch, token[t], head);
       for_lanes<V>(a.headdim, [&](int64_t i, auto lanes) {
         const V value = V::load(row + i, lanes);
         value.store(x + t * width + i);
@@ -104,10 +113,15 @@ struct Forward {
     }
   }
 
-  // The next head's part of a row, which is too short and too far from the last for the processor to guess.
-  MMK_INLINE void fetch_next(const T* row) const {
+  // The next head's part of a token's row, or the next chunk's: too short and too far from the last for the processor to
+  // guess.  Rows of another chunk also lie in other pages.
+  MMK_INLINE void fetch_next(const T* from, const Walk& token, int64_t t, int64_t batch, int64_t head) const {
+    if (t >= ahead.count) return;
+    const int64_t next = token[t + ahead.tokens];
     constexpr int64_t line = 64 / static_cast<int64_t>(sizeof(T));
-    for (int64_t i = 0; i < a.headdim; i += line) __builtin_prefetch(row + a.x.head + i);
+    const T* row = from + next * a.x.token + ahead.heads * a.x.head;
+    for (int64_t i = 0; i < a.headdim; i += line) __builtin_prefetch(row + i);
+    if (ahead.tokens > 0) __builtin_prefetch(head_of<A>(a.dt, batch, head + ahead.heads) + next * a.dt.token);
   }
 
   // The rows of y that this head will write; long enough before it does.
@@ -123,6 +137,7 @@ struct Forward {
     const int64_t at = head * a.headdim;
     const Taps<A> taps{static_cast<const A*>(c.taps) + at, c.channels, c.width};
     const A* bias = c.bias == nullptr ? nullptr : static_cast<const A*>(c.bias) + at;
+    const Walk token(a, chunk);
     const auto rows = [&](int64_t t, auto count) {
       constexpr int R = decltype(count)::value;
       for (int64_t k = 0; k < R + c.width - 1; ++k) {
@@ -132,7 +147,7 @@ struct Forward {
       A* out[R];
       for (int r = 0; r < R; ++r) {
         out[r] = x + (t + r) * width;
-        fetch_next(taken[r + c.width - 1]), fetch_output(batch, a.order[chunk.token + t + r], head);
+        fetch_next(from, token, t + r, batch, head), fetch_output(batch, token[t + r], head);
       }
       convolve<R>(taken, taps, bias, c.silu, out, a.headdim);
     };
