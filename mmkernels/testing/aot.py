@@ -36,6 +36,9 @@ MODULES = (
     "mmkernels.ops.ssd._triton_kernels_steps",
     "mmkernels.ops.ssd._triton_kernels_update",
     "mmkernels.ops.token_pruning._triton_kernels",
+    "mmkernels.ops.token_pruning._triton_kernels_matching",
+    "mmkernels.ops.token_pruning._triton_kernels_merging",
+    "mmkernels.ops.token_pruning._triton_kernels_received",
     "mmkernels.ops.token_pruning._triton_kernels_select",
 )
 

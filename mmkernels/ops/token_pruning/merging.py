@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from mmkernels import _triton
 from mmkernels._checks import Sizes, floating, integer, same_device
 from mmkernels._dispatch import NATIVE_PROBE, Backend, Op
 from mmkernels._gradients import untracked_transform
@@ -21,6 +22,7 @@ def _op(name: str, key: str) -> Op:
         public=f"{_HERE}.merging.{name}",
         backends=[
             Backend("native", f"{_HERE}._native_merging:{name}", ("cpu",), untracked_transform, NATIVE_PROBE),
+            Backend("triton", f"{_HERE}._triton_merging:{name}", _triton.DEVICES, _triton.objections, _triton.PROBE),
             Backend("torch", f"{_HERE}._torch:{name}"),
             Backend("reference", f"{_HERE}.reference:{name}"),
         ],
@@ -76,8 +78,8 @@ def bipartite_soft_matching(
         DataError: NaN in metric.
 
     Numerics: cosines in float32 (float64 for float64), 0 with a vector of zeros; of equal cosines the lower place wins,
-        of b as of a.  Backends may differ where cosines differ by rounding only; the native kernel's result depends
-        neither on the batch nor on the number of threads.  Compiled calls cannot raise for NaN.
+        of b as of a.  Backends may differ where cosines differ by rounding only; results of the native and Triton
+        kernels depend neither on the batch nor on the number of threads.  Compiled calls cannot raise for NaN.
     Cost: tokens^2 dim / 2 flops and tokens dim values of memory (the torch backend: tokens^2 / 4 cosines more).  The
         similarity is differentiable twice, the choice not.
 

@@ -5,6 +5,7 @@ import math
 import torch
 from torch import Tensor
 
+from mmkernels import _triton
 from mmkernels._checks import Sizes, floating, same_device, same_dtype
 from mmkernels._dispatch import NATIVE_PROBE, Backend, Op
 from mmkernels._gradients import untracked_transform
@@ -19,6 +20,13 @@ ATTENTION_COLUMN_SCORES = Op(
     backends=[
         Backend(
             "native", f"{_HERE}._native_received:attention_column_scores", ("cpu",), untracked_transform, NATIVE_PROBE
+        ),
+        Backend(
+            "triton",
+            f"{_HERE}._triton_received:attention_column_scores",
+            _triton.DEVICES,
+            _triton.objections,
+            _triton.PROBE,
         ),
         Backend("torch", f"{_HERE}._torch:attention_column_scores"),
         Backend("reference", f"{_HERE}.reference:attention_column_scores"),
@@ -68,10 +76,11 @@ def attention_column_scores(
         DeviceError: the tensors live on different devices.
         ConfigError: causal is not a bool.
 
-    Numerics: products, softmax and sums in float32 (float64 for float64); the native kernel's result depends neither on
-        the batch nor on the number of threads.  What masked tokens hold, NaN too, does not matter.
-    Cost: 2 |R| nheads seqlen headdim flops and |R| nheads seqlen exponentials; memory for some 128 rows of the map, or
-        fewer.  Differentiable twice in q, k and lse, with the whole map in memory.
+    Numerics: products, softmax and sums in float32 (float64 for float64); results of the native and Triton kernels do
+        not depend on the batch, nor on the number of threads.  What masked tokens hold, NaN too, does not matter.
+    Cost: 2 |R| nheads seqlen headdim flops and |R| nheads seqlen exponentials (Triton without lse: twice that); memory
+        for some 128 rows of the map, or fewer (Triton: for nheads (rows + seqlen) values).  Differentiable twice in q,
+        k and lse, with the whole map in memory.
 
     Example:
         >>> import torch, mmkernels
