@@ -6,23 +6,31 @@ Source: names and shapes of the released AKI-4B-phi-3.5-mini and of its training
 
 import json
 import re
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
-from mmkernels.errors import CheckpointError, ConfigError, nearest
+from mmkernels.errors import CheckpointError, ConfigError
 from mmkernels.models.aki.configuration_aki import AkiConfig, phi_3_5_mini, siglip_so400m
 from mmkernels.models.aki.modeling_aki import AkiForConditionalGeneration
 from mmkernels.models.common.checkpoint_files import check_weights, listing, read_json, read_weights
+from mmkernels.models.common.conversion import (
+    PathLike,
+    Shapes,
+    check_known,
+    free_destination,
+    model_shapes,
+    other_beginning,
+    save_model,
+    save_tensors,
+    under_our_names,
+    written_whole,
+)
 
 LAYOUTS = ("auto", "aki", "training", "mmkernels")
 TARGETS = ("mmkernels", "official")
-PathLike = str | Path
 
 # Beginnings of names: ours, official.  Layers of the resampler are renamed one by one below.
 _PREFIXES = (
@@ -46,17 +54,13 @@ def official_name(ours: str) -> str:
     >>> official_name("resampler.layers.2.mlp.down.weight")
     'vision_tokenizer.layers.2.1.3.weight'
     """
-    for mine, theirs in _PREFIXES:
-        if ours.startswith(mine):
-            name = theirs + ours.removeprefix(mine)
-            break
-    else:
+    name = other_beginning(ours, _PREFIXES)
+    if name is None:
         raise ConfigError(f"official_name: the name must be one of the model's; got {ours!r}.")
     found = re.fullmatch(r"(vision_tokenizer\.layers\.\d+\.)(.+)", name)
     if found is None:
         return name
-    part = next((theirs + found[2].removeprefix(mine) for mine, theirs in _RESAMPLER if found[2].startswith(mine)), "")
-    return found[1] + part
+    return found[1] + (other_beginning(found[2], _RESAMPLER) or "")
 
 
 def convert_checkpoint(
@@ -92,27 +96,16 @@ def convert_checkpoint(
         >>> convert_checkpoint("AKI-4B-phi-3.5-mini", "aki")  # doctest: +SKIP
         >>> convert_checkpoint("checkpoint_50000.pt", "tuned", base="aki")  # doctest: +SKIP
     """
-    for name, value, known in (("layout", layout, LAYOUTS), ("to", to, TARGETS)):
-        if value not in known:
-            raise ConfigError(f"convert_checkpoint: {name} must be known; got {value!r}. {nearest(value, known)}")
-    target = Path(destination)
-    if target.exists() and not overwrite and (target.is_file() or any(target.iterdir())):
-        raise CheckpointError(
-            f"convert_checkpoint: destination must not exist yet; got {target}. Choose another or pass overwrite=True."
-        )
+    check_known(layout=(layout, LAYOUTS), to=(to, TARGETS))
+    target = free_destination(destination, overwrite)
     ours, config = load_checkpoint(source, layout=layout, base=base, config=config)
-    partial = target.with_name(f"{target.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    if to == "official":
-        _write_official(ours, config, partial)
-    else:
-        _write_ours(ours, config, partial)
-    if target.is_dir():
-        shutil.rmtree(target)
-    else:
-        target.unlink(missing_ok=True)
-    partial.rename(target)
+    with written_whole(target) as folder:
+        if to == "official":
+            save_tensors({official_name(name): value for name, value in ours.items()}, folder)
+            content = json.dumps(official_from_config(config), indent=2)
+            (folder / "config.json").write_text(content + "\n", encoding="utf-8")
+        else:
+            save_model(AkiForConditionalGeneration, config, ours, folder, head="lm_head.weight")
     return target
 
 
@@ -144,22 +137,18 @@ def load_checkpoint(
         config = config or found
     config = config or _read_config(_folder(path))
     shapes = our_shapes(config)
-    names = {official_name(name): name for name in shapes}
-    expected = {theirs: shapes[name] for theirs, name in names.items()}
     if layout == "training":
+        expected = {official_name(name): shape for name, shape in shapes.items()}
         wanted = {theirs: shape for theirs, shape in expected.items() if not theirs.startswith("vision_encoder.")}
         check_weights(path, weights, wanted)
         check_weights(base, tower, {theirs: shape for theirs, shape in expected.items() if theirs not in wanted})
         weights |= tower
-    check_weights(path, weights, expected)
-    return {names[theirs]: value for theirs, value in weights.items()}, config
+    return under_our_names(path, weights, shapes, official_name), config
 
 
-def our_shapes(config: AkiConfig) -> dict[str, tuple[int, ...]]:
+def our_shapes(config: AkiConfig) -> Shapes:
     """Name -> shape of every tensor of our model."""
-    with torch.device("meta"):
-        model = AkiForConditionalGeneration(config)
-    return {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    return model_shapes(AkiForConditionalGeneration, config)
 
 
 def config_from_official(raw: Mapping[str, Any], where: object) -> AkiConfig:
@@ -233,17 +222,3 @@ def _tower(base: Path) -> tuple[dict[str, Tensor], AkiConfig | None]:
     raise CheckpointError(
         f"{base} must have a vision tower; got tensors like {listing(weights)}. Give an AKI or a SigLIP checkpoint."
     )
-
-
-def _write_ours(ours: Mapping[str, Tensor], config: AkiConfig, folder: Path) -> None:
-    with torch.device("meta"):
-        model = AkiForConditionalGeneration(config)
-    model.load_state_dict(ours, strict=True, assign=True)
-    model.config.dtype = ours["lm_head.weight"].dtype
-    model.save_pretrained(folder)
-
-
-def _write_official(ours: Mapping[str, Tensor], config: AkiConfig, folder: Path) -> None:
-    weights = {official_name(name): value.contiguous() for name, value in ours.items()}
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(official_from_config(config), indent=2) + "\n", encoding="utf-8")

@@ -5,7 +5,6 @@ Sources: key layout and config.json of the state-spaces/mamba2-* releases; trans
 """
 
 import json
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,14 @@ from transformers import Mamba2Config
 
 from mmkernels.errors import CheckpointError, ConfigError, nearest
 from mmkernels.models.common.checkpoint_files import check_weights, listing, read_json, read_weights
+from mmkernels.models.common.conversion import (
+    Shapes,
+    check_known,
+    free_destination,
+    model_shapes,
+    save_model,
+    written_whole,
+)
 from mmkernels.models.mamba2.configuration_mamba2 import Mamba2LMConfig
 from mmkernels.models.mamba2.modeling_mamba2 import Mamba2LMForCausalLM
 
@@ -106,30 +113,15 @@ def convert_checkpoint(
         >>> convert_checkpoint("mamba2-130m", "mamba2-130m-mmk")  # doctest: +SKIP
         >>> Mamba2LMForCausalLM.from_pretrained("mamba2-130m-mmk")  # doctest: +SKIP
     """
-    if to not in TARGETS:
-        raise ConfigError(f"convert_checkpoint: to must be known; got {to!r}. {nearest(to, TARGETS)}")
-    target = Path(destination)
-    if target.exists() and not overwrite and (target.is_file() or any(target.iterdir())):
-        raise CheckpointError(
-            f"convert_checkpoint: destination must not exist yet; got {target}. Choose another or pass overwrite=True."
-        )
+    check_known(to=(to, TARGETS))
+    target = free_destination(destination, overwrite)
     weights, config = load_checkpoint(source, layout=layout, config=config)
-    partial = target.with_name(f"{target.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    if to == "state-spaces":
-        torch.save(weights, partial / "pytorch_model.bin")
-        (partial / "config.json").write_text(json.dumps(_state_spaces_config(config), indent=2) + "\n")
-    else:
-        with torch.device("meta"):
-            model = Mamba2LMForCausalLM(config)
-        model.load_state_dict(weights, strict=True, assign=True)
-        model.tie_weights()
-        model.config.dtype = weights[_HEAD].dtype
-        model.save_pretrained(partial)
-    if target.exists():
-        shutil.rmtree(target) if target.is_dir() else target.unlink()
-    partial.rename(target)
+    with written_whole(target) as folder:
+        if to == "state-spaces":
+            torch.save(weights, folder / "pytorch_model.bin")
+            (folder / "config.json").write_text(json.dumps(_state_spaces_config(config), indent=2) + "\n")
+        else:
+            save_model(Mamba2LMForCausalLM, config, weights, folder, head=_HEAD)
     return target
 
 
@@ -177,11 +169,9 @@ def load_checkpoint(
     return widened, config
 
 
-def our_shapes(config: Mamba2LMConfig) -> dict[str, tuple[int, ...]]:
+def our_shapes(config: Mamba2LMConfig) -> Shapes:
     """Name -> shape of every tensor of our model."""
-    with torch.device("meta"):
-        model = Mamba2LMForCausalLM(config)
-    return {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    return model_shapes(Mamba2LMForCausalLM, config)
 
 
 def _detect(path: Path, weights: Mapping[str, Tensor], raw: Mapping[str, Any] | None) -> str:

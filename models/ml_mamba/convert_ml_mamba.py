@@ -5,7 +5,6 @@ Source: keys and shapes of the released file, written by the official training c
 """
 
 import re
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,15 @@ from torch import Tensor
 
 from mmkernels.errors import CheckpointError, ConfigError, nearest
 from mmkernels.models.common.checkpoint_files import check_weights, listing, read_json, read_torch, read_weights
+from mmkernels.models.common.conversion import (
+    PathLike,
+    Shapes,
+    check_known,
+    free_destination,
+    model_shapes,
+    save_model,
+    written_whole,
+)
 from mmkernels.models.mamba2 import convert_mamba2
 from mmkernels.models.mamba2.configuration_mamba2 import Mamba2LMConfig
 from mmkernels.models.ml_mamba.configuration_ml_mamba import MLMambaConfig
@@ -25,7 +33,6 @@ LAYOUTS = ("auto", "ml-mamba", "mmkernels")
 TARGETS = ("mmkernels", "official")
 PARTS = ("llm_backbone", "mlp", "bidirectional_mamba", "projector")
 FILE = "latest-checkpoint.pt"
-PathLike = str | Path
 
 _EMBEDDING, _HEAD = "language_model.backbone.embedding.weight", "language_model.lm_head.weight"
 _TOWER = "vision_tower."
@@ -116,30 +123,16 @@ def convert_checkpoint(
         >>> towers = ["dinov2-with-registers-large", "siglip-so400m-patch14-384"]
         >>> convert_checkpoint("latest-checkpoint.pt", "ml-mamba", vision=towers)  # doctest: +SKIP
     """
-    for name, value, known in (("layout", layout, LAYOUTS), ("to", to, TARGETS)):
-        if value not in known:
-            raise ConfigError(f"convert_checkpoint: {name} must be known; got {value!r}. {nearest(value, known)}")
-    target = Path(destination)
-    if target.exists() and not overwrite and (target.is_file() or any(target.iterdir())):
-        raise CheckpointError(
-            f"convert_checkpoint: destination must not exist yet; got {target}. Choose another or pass overwrite=True."
-        )
+    check_known(layout=(layout, LAYOUTS), to=(to, TARGETS))
+    target = free_destination(destination, overwrite)
     ours, config = load_checkpoint(source, layout=layout, vision=vision, config=config)
-    partial = target.with_name(f"{target.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
     if to == "official":
         _require_official(config)
-        torch.save({"model": to_official(ours)}, partial / FILE)
-    else:
-        model = _assigned(ours, config)
-        model.config.dtype = ours[_EMBEDDING].dtype
-        model.save_pretrained(partial)
-    if target.is_dir():
-        shutil.rmtree(target)
-    else:
-        target.unlink(missing_ok=True)
-    partial.rename(target)
+    with written_whole(target) as folder:
+        if to == "official":
+            torch.save({"model": to_official(ours)}, folder / FILE)
+        else:
+            save_model(MLMambaForConditionalGeneration, config, ours, folder, head=_EMBEDDING)
     return target
 
 
@@ -267,11 +260,9 @@ def load_tower(folder: PathLike) -> Any:
     return tower
 
 
-def our_shapes(config: MLMambaConfig) -> dict[str, tuple[int, ...]]:
+def our_shapes(config: MLMambaConfig) -> Shapes:
     """Name -> shape of every tensor of our model."""
-    with torch.device("meta"):
-        model = MLMambaForConditionalGeneration(config)
-    return {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    return model_shapes(MLMambaForConditionalGeneration, config)
 
 
 def config_from_official(flat: Mapping[str, Tensor], towers: Sequence[Any]) -> MLMambaConfig:
@@ -379,11 +370,3 @@ def _widened(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     if weights.get(_HEAD) is weights.get(_EMBEDDING) and _HEAD in weights:
         kept[_HEAD] = kept[_EMBEDDING]
     return kept
-
-
-def _assigned(ours: Mapping[str, Tensor], config: MLMambaConfig) -> MLMambaForConditionalGeneration:
-    with torch.device("meta"):
-        model = MLMambaForConditionalGeneration(config)
-    model.load_state_dict(ours, strict=True, assign=True)
-    model.tie_weights()
-    return model

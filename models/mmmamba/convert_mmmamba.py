@@ -5,18 +5,26 @@ Source: layouts of the released files (see layouts_mmmamba.py); configuration fi
 """
 
 import json
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from mmkernels._progress import progress_bar
-from mmkernels.errors import CheckpointError, ConfigError, nearest
+from mmkernels.errors import CheckpointError, ConfigError
 from mmkernels.models.common.checkpoint_files import check_weights, listing, read_json, read_weights
+from mmkernels.models.common.conversion import (
+    PathLike,
+    Shapes,
+    check_known,
+    free_destination,
+    model_shapes,
+    save_model,
+    save_tensors,
+    written_whole,
+)
 from mmkernels.models.mmmamba.configuration_mmmamba import FULL, LINEAR, MMMambaConfig
 from mmkernels.models.mmmamba.layouts_mmmamba import (
     TRAINED,
@@ -31,7 +39,6 @@ from mmkernels.models.mmmamba.official_config import config_from_official, offic
 
 LAYOUTS = ("auto", "hovle", "mmmamba", "training", "mmkernels")
 TARGETS = ("mmkernels", "official", "training")
-PathLike = str | Path
 
 
 def convert_checkpoint(
@@ -73,27 +80,19 @@ def convert_checkpoint(
         >>> convert_checkpoint(["stage2.pt", "stage3.pt"], "student", base="hovle-mmk")  # doctest: +SKIP
         >>> convert_checkpoint("student", "student-official", to="official")  # doctest: +SKIP
     """
-    for name, value, known in (("layout", layout, LAYOUTS), ("to", to, TARGETS)):
-        if value not in known:
-            raise ConfigError(f"convert_checkpoint: {name} must be known; got {value!r}. {nearest(value, known)}")
+    check_known(layout=(layout, LAYOUTS), to=(to, TARGETS))
     paths = [Path(source)] if isinstance(source, str | Path) else [Path(one) for one in source]
-    target = Path(destination)
-    if target.exists() and not overwrite and (target.is_file() or any(target.iterdir())):
-        raise CheckpointError(
-            f"convert_checkpoint: destination must not exist yet; got {target}. Choose another or pass overwrite=True."
-        )
+    target = free_destination(destination, overwrite)
     ours, config = load_checkpoint(paths, layout=layout, base=base, config=config, progress=progress)
-    partial = target.with_name(f"{target.name}.partial")
-    _remove(partial)
-    partial.parent.mkdir(parents=True, exist_ok=True)
-    if to == "training":
-        torch.save({"model_state_dict": _trained(ours, config, stage), "step": 0}, partial)
-    elif to == "official":
-        _write_official(ours, config, partial)
-    else:
-        _write_ours(ours, config, partial)
-    _remove(target)
-    partial.rename(target)
+    with written_whole(target, folder=False) as partial:
+        if to == "training":
+            torch.save({"model_state_dict": _trained(ours, config, stage), "step": 0}, partial)
+        elif to == "official":
+            _write_official(ours, config, partial)
+        else:
+            wide = MMMambaForConditionalGeneration._keep_in_fp32_modules_strict or []
+            state = {name: value.float() if name.rsplit(".", 1)[-1] in wide else value for name, value in ours.items()}
+            save_model(MMMambaForConditionalGeneration, config, state, partial, head="lm_head.weight")
     return target
 
 
@@ -133,11 +132,9 @@ def load_checkpoint(
     return _from_official(paths[0], files[0], config, progress), config
 
 
-def our_shapes(config: MMMambaConfig) -> dict[str, tuple[int, ...]]:
+def our_shapes(config: MMMambaConfig) -> Shapes:
     """Name -> shape of every tensor of our model."""
-    with torch.device("meta"):
-        model = MMMambaForConditionalGeneration(config)
-    return {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    return model_shapes(MMMambaForConditionalGeneration, config)
 
 
 def _detect(path: Path, weights: Mapping[str, Tensor]) -> str:
@@ -280,19 +277,9 @@ def _trained(ours: Mapping[str, Tensor], config: MMMambaConfig, stage: int) -> d
     return {official: ours[name].clone() for part in names.values() for official, name in part.items()}
 
 
-def _write_ours(ours: Mapping[str, Tensor], config: MMMambaConfig, folder: Path) -> None:
-    wide = MMMambaForConditionalGeneration._keep_in_fp32_modules_strict or []
-    state = {name: value.float() if name.rsplit(".", 1)[-1] in wide else value for name, value in ours.items()}
-    with torch.device("meta"):
-        model = MMMambaForConditionalGeneration(config)
-    model.load_state_dict(state, strict=True, assign=True)
-    model.config.dtype = state["lm_head.weight"].dtype
-    model.save_pretrained(folder)
-
-
 def _write_official(ours: Mapping[str, Tensor], config: MMMambaConfig, folder: Path) -> None:
     table = _table(config, {name: tuple(value.shape) for name, value in ours.items()})
-    weights = {entry.official: entry.join(ours, config).contiguous() for entry in table}
+    weights = {entry.official: entry.join(ours, config) for entry in table}
     weights.update(dead_values(config, ours))
     folder.mkdir()
     # safetensors refuses tensors that share memory (tied tables)
@@ -301,14 +288,7 @@ def _write_official(ours: Mapping[str, Tensor], config: MMMambaConfig, folder: P
         if value.data_ptr() in seen:
             weights[name] = value.clone()
         seen.add(value.data_ptr())
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    save_tensors(weights, folder)
     dtype = str(ours["lm_head.weight"].dtype).removeprefix("torch.")
     content = json.dumps({**official_from_config(config), "torch_dtype": dtype}, indent=2)
     (folder / "config.json").write_text(content + "\n", encoding="utf-8")
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)

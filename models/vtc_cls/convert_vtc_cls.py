@@ -4,23 +4,32 @@ Strict both ways: a missing, unexpected, misshapen or non-finite tensor stops th
 Source: tensor names of liuhaotian/llava-v1.5-7b, llava-hf/llava-1.5-7b-hf and openai/clip-vit-large-patch14-336.
 """
 
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
-from mmkernels.errors import CheckpointError, ConfigError, nearest
+from mmkernels.errors import CheckpointError, ConfigError
 from mmkernels.models.common.checkpoint_files import check_weights, listing, read_json, read_weights
+from mmkernels.models.common.conversion import (
+    PathLike,
+    Shapes,
+    check_known,
+    free_destination,
+    model_shapes,
+    other_beginning,
+    save_model,
+    save_tensors,
+    under_our_names,
+    written_whole,
+)
 from mmkernels.models.vtc_cls.configuration_vtc_cls import VTCCLSConfig, clip_l_336, vicuna_7b
 from mmkernels.models.vtc_cls.modeling_vtc_cls import VTCCLSForConditionalGeneration
 
 LAYOUTS = ("auto", "liuhaotian", "llava-hf", "mmkernels")
 TARGETS = ("mmkernels", "liuhaotian", "llava-hf")
-PathLike = str | Path
 
 # Beginnings of names: ours, theirs.
 _PREFIXES = {
@@ -50,10 +59,10 @@ def their_name(ours: str, layout: str) -> str:
     >>> their_name("model.multi_modal_projector.linear_2.bias", "liuhaotian")
     'model.mm_projector.2.bias'
     """
-    for mine, theirs in _PREFIXES[layout]:
-        if ours.startswith(mine):
-            return theirs + ours.removeprefix(mine)
-    raise ConfigError(f"their_name: the name must be one of the model's; got {ours!r}. See model.state_dict().")
+    name = other_beginning(ours, _PREFIXES[layout])
+    if name is None:
+        raise ConfigError(f"their_name: the name must be one of the model's; got {ours!r}. See model.state_dict().")
+    return name
 
 
 def convert_checkpoint(
@@ -87,33 +96,15 @@ def convert_checkpoint(
     Example:
         >>> convert_checkpoint("llava-v1.5-7b", "vtc-cls", base="clip-vit-large-patch14-336")  # doctest: +SKIP
     """
-    for name, value, known in (("layout", layout, LAYOUTS), ("to", to, TARGETS)):
-        if value not in known:
-            raise ConfigError(f"convert_checkpoint: {name} must be known; got {value!r}. {nearest(value, known)}")
-    target = Path(destination)
-    if target.exists() and not overwrite and (target.is_file() or any(target.iterdir())):
-        raise CheckpointError(
-            f"convert_checkpoint: destination must not exist yet; got {target}. Choose another or pass overwrite=True."
-        )
+    check_known(layout=(layout, LAYOUTS), to=(to, TARGETS))
+    target = free_destination(destination, overwrite)
     ours, config = load_checkpoint(source, layout=layout, base=base, config=config)
-    partial = target.with_name(f"{target.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    if to == "mmkernels":
-        with torch.device("meta"):
-            model = VTCCLSForConditionalGeneration(config)
-        model.load_state_dict(ours, strict=True, assign=True)
-        model.config.dtype = ours["lm_head.weight"].dtype
-        model.save_pretrained(partial)
-    else:
-        weights = {their_name(name, to): value.contiguous() for name, value in ours.items()}
-        save_file(weights, partial / "model.safetensors", metadata={"format": "pt"})
-        config.save_pretrained(partial)
-    if target.is_dir():
-        shutil.rmtree(target)
-    else:
-        target.unlink(missing_ok=True)
-    partial.rename(target)
+    with written_whole(target) as folder:
+        if to == "mmkernels":
+            save_model(VTCCLSForConditionalGeneration, config, ours, folder, head="lm_head.weight")
+        else:
+            save_tensors({their_name(name, to): value for name, value in ours.items()}, folder)
+            config.save_pretrained(folder)
     return target
 
 
@@ -144,24 +135,19 @@ def load_checkpoint(
             old + n.removeprefix(new) if n.startswith(new) and not n.startswith(old) else n: v
             for n, v in weights.items()
         }
-    names = {their_name(name, layout): name for name in shapes}
-    expected = {theirs: shapes[name] for theirs, name in names.items()}
     if layout == "liuhaotian":
         weights = _with_tower(path, weights, base)
-        weights = _with_rows(weights, [their_name(name, layout) for name in _TABLES], expected)
+        weights = _with_rows(weights, {their_name(name, layout): shapes[name][0] for name in _TABLES})
     elif base is not None:
         raise ConfigError(
             f"load_checkpoint: base must be left out for layout {layout!r}; got {base}. Its files hold the tower."
         )
-    check_weights(path, weights, expected)
-    return {names[theirs]: value for theirs, value in weights.items()}, config
+    return under_our_names(path, weights, shapes, lambda name: their_name(name, layout)), config
 
 
-def our_shapes(config: VTCCLSConfig) -> dict[str, tuple[int, ...]]:
+def our_shapes(config: VTCCLSConfig) -> Shapes:
     """Name -> shape of every tensor of our model."""
-    with torch.device("meta"):
-        model = VTCCLSForConditionalGeneration(config)
-    return {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    return model_shapes(VTCCLSForConditionalGeneration, config)
 
 
 def _detect(path: Path, weights: Mapping[str, Tensor]) -> str:
@@ -231,14 +217,12 @@ def _with_tower(path: Path, weights: dict[str, Tensor], base: PathLike | None) -
     return weights | tower
 
 
-def _with_rows(
-    weights: dict[str, Tensor], tables: list[str], expected: Mapping[str, tuple[int, ...]]
-) -> dict[str, Tensor]:
+def _with_rows(weights: dict[str, Tensor], tables: Mapping[str, int]) -> dict[str, Tensor]:
     """Tables with as many rows as expected: new ones are the mean of the old, so that none is likelier than any."""
     longer = dict(weights)
-    for name in tables:
+    for name, rows in tables.items():
         table = weights.get(name)
-        missing = 0 if table is None or table.ndim != 2 else expected[name][0] - table.shape[0]
+        missing = 0 if table is None or table.ndim != 2 else rows - table.shape[0]
         if table is not None and 0 < missing <= 64:
             mean = table.float().mean(0, keepdim=True).to(table.dtype)
             longer[name] = torch.cat([table, mean.expand(missing, -1)])
