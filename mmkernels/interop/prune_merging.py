@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from mmkernels.errors import BackendError
+from mmkernels.interop.prune_mlp import activations_in_place
 from mmkernels.interop.prune_tower import Tower, TowerDone
 from mmkernels.pruning.pruner import Encoder, Pruned
 from mmkernels.pruning.tome import ToMe
@@ -44,7 +45,8 @@ def run_merging(
         if r:
             x, sizes, places = pruner.merge(x, keys, sizes, places, r=r, num_prefix=tower.num_prefix)
         block: Any = tower.layers[layer]
-        x = x + block.mlp(block.layer_norm2(x))
+        with activations_in_place([block]):
+            x = x + block.mlp(block.layer_norm2(x))
     if end:
         x = tower.module.post_layernorm(x)
     if sizes is None or places is None:  # nothing was merged

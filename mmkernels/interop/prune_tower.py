@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from mmkernels.errors import BackendError, ConfigError, ShapeError
+from mmkernels.interop.prune_mlp import activations_in_place
 from mmkernels.ops.token_pruning.api import cls_attention_scores
 from mmkernels.ops.token_pruning.received import attention_column_scores
 from mmkernels.pruning.pruner import Encoder, Tap
@@ -110,7 +111,7 @@ class Tower:
         probes = [tap for tap in taps if tap.what == "probe_row"]
         stops = not (to_the_end or probes or _must_finish(self.module))
         wanted = _Wanted(self, seen, set(layers), taps, self.num_prefix + num_tokens, stops)
-        with wanted.hooked():
+        with wanted.hooked(), activations_in_place(self.layers):
             try:
                 outputs = self.module(inputs)
                 seen.last = getattr(outputs, "last_hidden_state", outputs)
