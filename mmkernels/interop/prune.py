@@ -4,6 +4,8 @@ The model's object gets a subclass of its own class, whose `forward` prunes firs
 every weight and the configuration stay as they are.
 """
 
+from collections.abc import Sequence
+from dataclasses import replace
 from types import MethodType
 from typing import Any, Literal
 
@@ -27,10 +29,16 @@ class Attached:
 
     Attributes:
         model: the model.
-        pruner: what prunes it.
+        pruner: what prunes it; a tuple of what was given as a list.
     """
 
-    def __init__(self, model: Any, pruner: TokenPruner, pruning: Pruning, before: Pruning | None):
+    def __init__(
+        self,
+        model: Any,
+        pruner: TokenPruner | tuple[TokenPruner, ...],
+        pruning: Pruning,
+        before: Pruning | None,
+    ):
         self.model, self.pruner = model, pruner
         self._pruning, self._before = pruning, before
 
@@ -39,7 +47,8 @@ class Attached:
         """What the last call with images kept, (n,) int64 each.
 
         Of each image the patches, crops counted through, -1 for tokens of no patch; with a pruner of the decoder, of
-        each row with images those of all its visual tokens that reached the end.
+        each row with images those of all its visual tokens that reached the end (a token made of several has the place
+        it stands at).  Of the calls under this handle: not of those under another one inside it.
         """
         return self._pruning.kept
 
@@ -75,7 +84,7 @@ class Attached:
 
 def prune(
     model: Any,
-    pruner: TokenPruner | str,
+    pruner: TokenPruner | str | Sequence[TokenPruner | str],
     *,
     position_policy: Policy | None = None,
     skip_padding: bool = True,
@@ -87,10 +96,15 @@ def prune(
     every call narrowed to what stays.  Processor and `generate` are used as before: prompts have every placeholder, and
     `generate` returns them.  Logits of a direct call have one column a token that stays.
 
+    A model has room for one pruner of the vision side and one between layers of its decoder.  Each takes the place of
+    the one on its own side and works together with the one on the other, whichever came first: the decoder's sees what
+    the vision side left, and its budget counts that.
+
     Args:
         model: LlavaForConditionalGeneration, LlavaNextForConditionalGeneration, PaliGemmaForConditionalGeneration,
             AkiForConditionalGeneration, MLMambaForConditionalGeneration, or the model inside one.
-        pruner: a TokenPruner, or its name with its options: `prune(model, "vtc_cls", num_keep=64)`.
+        pruner: a TokenPruner, or its name with its options: `prune(model, "vtc_cls", num_keep=64)`; or a list of two,
+            one for each side, in any order.
         position_policy: "compact": positions are counted anew, as if the prompt were that short; "original": every
             token keeps the position it had.  None: compact, but between decoder layers what the pruner says.
         skip_padding: LLaVA-NeXT cuts the padding off its stitched tiles: True keeps those patches out of the choice,
@@ -102,12 +116,13 @@ def prune(
 
     Raises:
         BackendError: a model whose placeholders cannot be shrunk, or a tower whose queries and keys cannot be seen.
-        ConfigError: an unknown pruner, layers out of range, an encoder without [CLS] for a pruner that needs one.
+        ConfigError: an unknown pruner, two of one side, layers out of range, an encoder without [CLS] for a pruner that
+            needs one.
         ShapeError: more tokens to keep than an image has.
 
     Numerics: features of kept tokens are those of the unpruned model, bit for bit; keeping all of them changes no bit.
     Cost: the tower up to the last layer that is used, plus the rows of attention asked for; no attention maps, whatever
-        the attention implementation.
+        the attention implementation.  Without gradients on CPU, activations overwrite their inputs.
 
     Example:
         >>> import mmkernels
@@ -116,25 +131,14 @@ def prune(
 
     Source: VTC-CLS, arXiv 2412.05819, for the family; checked against eager attention maps.
     """
-    chosen = _pruner(pruner, options)
+    chosen = _pruners(pruner, options)
     if position_policy is not None and position_policy not in _POLICIES:
         raise ConfigError(
             f"prune: position_policy must be 'compact' or 'original'; got {position_policy!r}. "
             f"{nearest(str(position_policy), _POLICIES)}"
         )
-    seam = seam_of(model)
-    if isinstance(chosen, DecoderPruner):
-        if not seam.plain_decoder or hasattr(model.config, "modality_mutual"):
-            raise BackendError(
-                f"prune: {chosen.name} must have a causal decoder; {type(model).__name__} lets images read what "
-                "follows them. Use a pruner of the vision side, such as vtc_cls."
-            )
-        check_decoder(seam.decoder, chosen)
-        pruning = Pruning(Choice(None), chosen, (position_policy or chosen.position_policy) == "compact")
-    else:
-        check_pruner(model, chosen)
-        pruning = Pruning(Choice(chosen, skip_padding), compact=position_policy != "original")
-    before = model.__dict__.get("_pruning")
+    before = getattr(model, "__dict__", {}).get("_pruning")
+    pruning = _pruning(model, chosen, before, position_policy, skip_padding)
     if not isinstance(model, PrunedModel):
         if "forward" in model.__dict__ and "_old_forward" not in model.__dict__:
             raise ConfigError(
@@ -144,7 +148,32 @@ def prune(
         model.__class__ = pruned_class(type(model))
         _rewire(model)
     model._pruning = pruning
-    return Attached(model, chosen, pruning, before)
+    return Attached(model, chosen[0] if len(chosen) == 1 else tuple(chosen), pruning, before)
+
+
+def _pruning(
+    model: Any, chosen: list[TokenPruner], before: Pruning | None, policy: Policy | None, skip_padding: bool
+) -> Pruning:
+    """How a model will prune: as before, but for the sides that there is a new pruner for."""
+    made = Pruning(Choice(None)) if before is None else replace(before, kept=[])
+    for pruner in chosen:
+        if isinstance(pruner, DecoderPruner):
+            _check_decoder_pruner(model, pruner)
+            made = replace(made, decoder=pruner, decoder_compact=(policy or pruner.position_policy) == "compact")
+        else:
+            check_pruner(model, pruner)
+            made = replace(made, choice=Choice(pruner, skip_padding), compact=policy != "original")
+    return made
+
+
+def _check_decoder_pruner(model: Any, pruner: DecoderPruner) -> None:
+    seam = seam_of(model)
+    if not seam.plain_decoder or hasattr(model.config, "modality_mutual"):
+        raise BackendError(
+            f"prune: {pruner.name} must have a causal decoder; {type(model).__name__} lets images read what "
+            "follows them. Use a pruner of the vision side, such as vtc_cls."
+        )
+    check_decoder(seam.decoder, pruner)
 
 
 def _rewire(model: Any) -> None:
@@ -153,19 +182,29 @@ def _rewire(model: Any) -> None:
         model._old_forward = MethodType(type(model).forward, model)
 
 
-def _pruner(pruner: TokenPruner | str, options: dict[str, Any]) -> TokenPruner:
-    if isinstance(pruner, str):
-        return get_pruner(pruner, **options)
-    if not isinstance(pruner, TokenPruner):
-        raise ConfigError(
-            f"prune: pruner must be a TokenPruner or a name; got {type(pruner).__name__}. Make one with get_pruner."
-        )
+def _pruners(given: Any, options: dict[str, Any]) -> list[TokenPruner]:
+    """What was asked for: one pruner, or one for each side."""
+    if isinstance(given, str):
+        return [get_pruner(given, **options)]
+    many = isinstance(given, list | tuple)
     if options:
         raise ConfigError(
-            f"prune: options must come with a pruner's name; got {', '.join(options)} beside {pruner!r}. "
+            f"prune: options must come with a pruner's name; got {', '.join(options)} beside {given!r}. "
             "Give them to get_pruner."
         )
-    return pruner
+    chosen = [get_pruner(one) if isinstance(one, str) else one for one in (given if many else [given])]
+    for one in chosen:
+        if not isinstance(one, TokenPruner):
+            raise ConfigError(
+                f"prune: pruner must be a TokenPruner or a name; got {type(one).__name__}. Make one with get_pruner."
+            )
+    sides = [isinstance(one, DecoderPruner) for one in chosen]
+    if not chosen or len(set(sides)) != len(sides):
+        raise ConfigError(
+            "prune: pruner must be one, or one of the vision side and one of the decoder; got "
+            f"{' and '.join(one.name for one in chosen) or 'none'}. Take one of each side."
+        )
+    return chosen
 
 
 def check_pruner(model: Any, pruner: TokenPruner) -> None:

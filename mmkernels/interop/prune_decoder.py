@@ -18,7 +18,7 @@ from mmkernels.errors import BackendError, ConfigError
 from mmkernels.interop.prune_call import Past, Stage
 from mmkernels.interop.prune_layout import narrow
 from mmkernels.interop.transformers import causal_mask
-from mmkernels.pruning.pruner import DecoderPruner, DecoderStep, Extras
+from mmkernels.pruning.pruner import DecoderPruner, DecoderStep, Extras, RowAttention
 
 
 def check_decoder(decoder: Any, pruner: DecoderPruner) -> None:
@@ -126,8 +126,9 @@ class DecoderRun:
             width = hidden.shape[1]
             own = self.past.mask[:, self.past.mask.shape[1] - width :]
             positions = self.positions.expand(hidden.shape[0], -1)
-            if stage.compact:
-                positions = positions - (stage.removed - self.past.removed)
+            if stage.compact:  # counted anew from the first token on, whatever the first layers do
+                counted = self.past.removed if self.past.compact else 0
+                positions = positions - (stage.removed - counted)
             self._see(replace(stage, mask=torch.cat([stage.mask, own], dim=1)), positions, hidden)
         return hidden
 
@@ -253,7 +254,7 @@ class PromptRun(DecoderRun):
         return both.gather(1, order.to(hidden.device)[..., None].expand(-1, -1, hidden.shape[2])), keep
 
     def _scores(self, index: int, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
-        """Attention of the query rows in the scoring layer, mean over heads and rows: (batch, width) float32."""
+        """What the pruner makes of the attention of the query rows in the scoring layer: (batch, width) float32."""
         scoring = self.drops[index]
         layer = self.decoder.layers[scoring]
         with torch.no_grad():
@@ -264,12 +265,14 @@ class PromptRun(DecoderRun):
             else:
                 made = self.seen.pop(scoring)
                 q, k, embeddings = made["q_proj"], made["k_proj"], made["embeddings"]
-            scores = attention_rows(layer.self_attn, q, k, embeddings, self.rows, self.mask)
-            return scores.to(self.mask.device)  # layers may live on several devices
+            seen = attention_rows(layer.self_attn, q, k, embeddings, self.rows, self.mask, self.visual)
+            return self.pruner.scores(seen).to(self.mask.device)  # layers may live on several devices
 
 
-def attention_rows(attention: Any, q: Tensor, k: Tensor, embeddings: Any, rows: Tensor, mask: Tensor) -> Tensor:
-    """Causal softmax attention of some rows, mean over heads and rows, by an attention module's own scale and rotation.
+def attention_rows(
+    attention: Any, q: Tensor, k: Tensor, embeddings: Any, rows: Tensor, mask: Tensor, visual: Tensor
+) -> RowAttention:
+    """Causal softmax attention of some rows, by an attention module's own scale and rotation.
 
     Args:
         attention: LlamaAttention or alike.
@@ -277,9 +280,10 @@ def attention_rows(attention: Any, q: Tensor, k: Tensor, embeddings: Any, rows: 
         embeddings: rotary cosines and sines, (batch or 1, width, headdim).
         rows: (batch, width) bool, the queries.
         mask: (batch, width) bool, False at padding.
+        visual: (batch, width) bool.
     """
     batch, width = mask.shape
-    rows, mask = rows.to(q.device), mask.to(q.device)
+    rows, mask, visual = (t.to(q.device) for t in (rows, mask, visual))
     q, k = (t.unflatten(-1, (-1, attention.head_dim)) for t in (q, k))
     order = (~rows).to(torch.uint8).argsort(dim=1, stable=True)[:, : int(rows.sum(1).max())]
     chosen = rows.gather(1, order)
@@ -294,12 +298,14 @@ def attention_rows(attention: Any, q: Tensor, k: Tensor, embeddings: Any, rows: 
     rotate = sys.modules[type(attention).__module__].apply_rotary_pos_emb
     pick = order[..., None].expand(-1, -1, cos.shape[2])
     q, k = q.transpose(1, 2), k.transpose(1, 2)
-    q, _ = rotate(q, q[:, :0], cos.gather(1, pick), sin.gather(1, pick))
-    _, k = rotate(k[:, :0], k, cos, sin)
+    ones = torch.ones_like(cos)[:, None]
+    q, _ = rotate(q, ones[:, :, :0], cos.gather(1, pick), sin.gather(1, pick))
+    ones, k = rotate(ones, k, cos, sin)
     kind = torch.float64 if q.dtype == torch.float64 else torch.float32
     q = q.to(kind).unflatten(1, (k.shape[1], -1))
     logits = torch.einsum("bkgrd,bknd->bkgrn", q, k.to(kind)) * attention.scaling
     seen = mask[:, None] & (torch.arange(width, device=mask.device) <= order[..., None])
-    weights = logits.masked_fill(~seen[:, None, None], -torch.inf).softmax(-1).mean((1, 2))
-    weights = weights.masked_fill(~chosen[..., None], 0).nan_to_num(0.0)
-    return weights.sum(1) / chosen.sum(1, keepdim=True).clamp(min=1)
+    weights = logits.masked_fill(~seen[:, None, None], -torch.inf).softmax(-1).flatten(1, 2)
+    weights = weights.masked_fill(~chosen[:, None, :, None], 0).nan_to_num(0.0)
+    turned = ones[:, 0].to(kind)
+    return RowAttention(weights, chosen, visual & mask, turned.gather(1, pick), turned)

@@ -4,13 +4,15 @@ What `mmkernels.prune` puts in front of a model's class, and models with a prune
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from mmkernels.errors import ConfigError
+from mmkernels.errors import BackendError, ConfigError
 from mmkernels.interop.prune_call import Narrowed, Past, narrow_call, recall, remember
 from mmkernels.interop.prune_decoder import DecoderRun, PromptRun
 from mmkernels.interop.prune_layout import ImageTokens
@@ -26,7 +28,8 @@ class Pruning:
     Attributes:
         choice: pruner of the vision side.
         decoder: pruner between layers of the decoder.
-        compact: whether positions are counted anew where tokens go.
+        compact: whether positions are counted anew where the vision side drops tokens.
+        decoder_compact: whether they are between layers of the decoder.
         kept: of the last call with images, the patches that each image kept (crops counted through; -1: no patch); with
             a pruner of the decoder, for each row with images, which of all its visual tokens reached the end.
     """
@@ -34,6 +37,7 @@ class Pruning:
     choice: Choice
     decoder: DecoderPruner | None = None
     compact: bool = True
+    decoder_compact: bool = True
     kept: list[Tensor] = field(default_factory=list)
 
 
@@ -149,6 +153,21 @@ def take_images(seam: Llava, pruning: Pruning, given: dict[str, Any]) -> list[Im
     return images
 
 
+@contextmanager
+def _compiled_attention(seam: Llava) -> Iterator[None]:
+    """Within, say which attention to take instead where flex attention does not compile."""
+    try:
+        yield
+    except RuntimeError as error:
+        failed = any(kind.__name__ == "BackendCompilerFailed" for kind in type(error).__mro__)
+        if not failed or seam.config.get_text_config()._attn_implementation != "flex_attention":
+            raise
+        raise BackendError(
+            f"prune: flex_attention must compile; got {type(error).__name__} of torch {torch.__version__}. On CPU it "
+            "does not build for a cache that grows, pruned or not. Call model.set_attn_implementation('sdpa')."
+        ) from error
+
+
 def forward_pruned(model: Any, stock: Callable[..., Any], given: dict[str, Any]) -> Any:
     """`stock(model, **given)` with the tokens that stay.
 
@@ -179,9 +198,11 @@ def forward_pruned(model: Any, stock: Callable[..., Any], given: dict[str, Any])
     if images is not None:
         seam.hand_over(given, images)
     if past is None or not past.stages:
-        return _remembered(stock(model, **given), given, call.past if call.changed else None)
+        with _compiled_attention(seam):
+            outputs = stock(model, **given)
+        return _remembered(outputs, given, call.past if call.changed else None)
     run = DecoderRun(seam.decoder, call.past, past.stages, given["position_ids"], given["past_key_values"])
-    with run.hooked():
+    with run.hooked(), _compiled_attention(seam):
         outputs = stock(model, **given)
     return _remembered(outputs, given, replace(call.past, stages=run.stages()))
 
@@ -210,7 +231,7 @@ def _prompt_through_layers(
     """A prompt with images whose tokens are dropped between layers; the loss is that of those that reach the end."""
     pruner = pruning.decoder
     assert pruner is not None
-    ids, labels = given.get("input_ids"), given.pop("labels", None)
+    ids = given.get("input_ids")
     if past is not None or cached_tokens(given.get("past_key_values")):
         raise ConfigError(
             f"prune: {pruner.name} must see a prompt whole; got images behind cached tokens. Prefill in one call (no "
@@ -221,21 +242,42 @@ def _prompt_through_layers(
             f"prune: {pruner.name} must get input_ids, and for logits_to_keep a number; got "
             f"{'inputs_embeds' if ids is None else 'indices, whose columns move'}. Pass what the processor made."
         )
-    call = _narrow(given, seam, None, None, compact=True, always=True)
+    images = None if pruning.choice.pruner is None else take_images(seam, pruning, given)
+    whole = ids == seam.image_token_id
+    call = _narrow(given, seam, images, None, compact=pruning.compact, always=True)
+    labels = given.pop("labels", None)
+    if images is not None:
+        seam.hand_over(given, images)
     prompt = call.past.mask
     if labels is not None:
         prompt = prompt & ((labels != -100).cumsum(-1) == 0)
     cache, positions = given.get("past_key_values"), given["position_ids"]
-    visual = ids == seam.image_token_id
-    run = PromptRun(
-        pruner, visual, prompt, pruning.compact, decoder=seam.decoder, past=call.past, positions=positions, cache=cache
-    )
-    with run.hooked():
+    visual = whole if call.visual is None else call.visual
+    others = {"decoder": seam.decoder, "past": call.past, "positions": positions, "cache": cache}
+    run = PromptRun(pruner, visual, prompt, pruning.decoder_compact, **others)
+    with run.hooked(), _compiled_attention(seam):
         outputs = stock(model, **given)
     pruning.kept = run.kept(visual)
+    if images is not None:
+        pruning.kept = _in_the_whole(pruning.kept, visual, whole, images)
     if labels is not None:
         outputs = _with_loss(model, outputs, run.take_labels(labels), given)
-    return _remembered(outputs, given, replace(call.past, stages=run.stages()) if run.stages() else None)
+    past = replace(call.past, stages=run.stages()) if run.stages() or call.changed else None
+    return _remembered(outputs, given, past)
+
+
+def _in_the_whole(kept: list[Tensor], visual: Tensor, whole: Tensor, images: list[ImageTokens]) -> list[Tensor]:
+    """Places among the tokens that the vision side left of a row, as places among all that the row had."""
+    rows, waiting, left = [], list(images), iter(kept)
+    for had, stays in zip(whole.sum(1).tolist(), visual.any(1).tolist(), strict=True):
+        places, start = [], 0
+        while start < had:
+            image = waiting.pop(0)
+            places.append(image.places.to(visual.device) + start)
+            start += image.full
+        if stays:
+            rows.append(torch.cat(places)[next(left)])
+    return rows
 
 
 def _with_loss(model: Any, outputs: Any, labels: Tensor, given: dict[str, Any]) -> Any:

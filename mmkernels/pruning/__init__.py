@@ -9,13 +9,14 @@ from mmkernels.pruning.pruner import (
     Encoder,
     Extras,
     Pruned,
+    RowAttention,
     Tap,
     TokenPruner,
     VisionInputs,
 )
 from mmkernels.pruning.registry import get_pruner, pruner_class, pruners
 from mmkernels.pruning.scored import VTCCLS, FasterVLM, LeastCLS, RandomPruner, ScorePruner, UniformGrid
-from mmkernels.pruning.sparsevlm import SparseVLM
+from mmkernels.pruning.sparsevlm import SparseVLM, SparseVLMPlus
 from mmkernels.pruning.tome import ToMe, ToMeAfter
 
 __all__ = [
@@ -33,8 +34,10 @@ __all__ = [
     "Pruned",
     "PyramidDrop",
     "RandomPruner",
+    "RowAttention",
     "ScorePruner",
     "SparseVLM",
+    "SparseVLMPlus",
     "Tap",
     "ToMe",
     "ToMeAfter",

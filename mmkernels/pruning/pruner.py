@@ -203,7 +203,7 @@ class DecoderStep:
     Attributes:
         layer: the decoder layer that comes next, from 0.
         num_layers: of the decoder.
-        scores_row: (batch, seqlen) float32: causal softmax attention, mean over heads and over the rows that
+        scores_row: (batch, seqlen) float32: what `scores` makes of the causal softmax attention of the rows that
             `query_rows` chose, in the layer that `drop_layers` names.
         is_visual: (batch, seqlen) bool.
         mask: (batch, seqlen) bool, False at padding.
@@ -218,6 +218,29 @@ class DecoderStep:
     mask: Tensor
     original_visual: Tensor
     hidden_states: Tensor | None = None
+
+
+@dataclass
+class RowAttention:
+    """Attention of the tokens that score, in the layer that scores.
+
+    Attributes:
+        weights: (batch, heads, rows, seqlen) float32: causal softmax over all keys, 0 in rows that are none.
+        rows: (batch, rows) bool, False where a sample has fewer rows than others.
+        is_visual: (batch, seqlen) bool, False at padding.
+        turned_rows: (batch, rows, headdim) float32: a vector of ones, turned by the rotary embedding of each row.
+        turned: (batch, seqlen, headdim) the same for every key.
+    """
+
+    weights: Tensor
+    rows: Tensor
+    is_visual: Tensor
+    turned_rows: Tensor
+    turned: Tensor
+
+    def mean(self) -> Tensor:
+        """Over heads and rows, (batch, seqlen)."""
+        return self.weights.mean(1).sum(1) / self.rows.sum(1, keepdim=True).clamp(min=1)
 
 
 @dataclass
@@ -264,6 +287,10 @@ class DecoderPruner(TokenPruner):
         places = torch.arange(mask.shape[1], device=mask.device)
         last = (places * mask).amax(-1, keepdim=True)
         return (places == last) & mask
+
+    def scores(self, attention: RowAttention) -> Tensor:
+        """The score of every token, (batch, seqlen) float32: here the mean over heads and rows."""
+        return attention.mean()
 
     def num_visual(self, step: DecoderStep) -> Tensor:
         """How many visual tokens of each sample stay at this step: (batch,) int64."""

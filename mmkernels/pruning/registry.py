@@ -9,7 +9,7 @@ from mmkernels.pruning.in_decoder import FastV, PyramidDrop
 from mmkernels.pruning.merged import PruMerge, PruMergePlus, VisionZip
 from mmkernels.pruning.pruner import TokenPruner
 from mmkernels.pruning.scored import VTCCLS, FasterVLM, LeastCLS, RandomPruner, UniformGrid
-from mmkernels.pruning.sparsevlm import SparseVLM
+from mmkernels.pruning.sparsevlm import SparseVLM, SparseVLMPlus
 from mmkernels.pruning.tome import ToMe, ToMeAfter
 
 _CLASSES: dict[str, type[TokenPruner]] = {
@@ -27,6 +27,7 @@ _CLASSES: dict[str, type[TokenPruner]] = {
         ToMeAfter,
         FastV,
         SparseVLM,
+        SparseVLMPlus,
         PyramidDrop,
         RandomPruner,
         UniformGrid,

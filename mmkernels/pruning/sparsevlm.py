@@ -1,6 +1,6 @@
 """SparseVLM: text tokens that know the image choose what stays of it, and what goes is gathered in a few tokens.
 
-SparseVLM: arXiv 2410.04417.
+SparseVLM: arXiv 2410.04417.  SparseVLM+ is the second version of its released program.
 """
 
 import math
@@ -13,10 +13,18 @@ from torch import Tensor
 from mmkernels.errors import ConfigError, DataError
 from mmkernels.ops.token_pruning.budget import ranked
 from mmkernels.pruning.in_decoder import check_layers
-from mmkernels.pruning.pruner import DecoderPruner, DecoderStep, Extras, PositionPolicy, check_count
+from mmkernels.pruning.pruner import DecoderPruner, DecoderStep, Extras, PositionPolicy, RowAttention, check_count
 
 # (budget, tokens kept by the three stages) of 576, as published.
-_PUBLISHED = ((64, (66, 30, 17)), (128, (303, 110, 36)), (192, (300, 200, 110)), (576, (576, 576, 576)))
+Table = tuple[tuple[int, tuple[int, int, int]], ...]
+_PUBLISHED: Table = ((64, (66, 30, 17)), (128, (303, 110, 36)), (192, (300, 200, 110)), (576, (576, 576, 576)))
+_PLUS: Table = (
+    (64, (66, 34, 20)),
+    (96, (246, 54, 28)),
+    (128, (238, 108, 60)),
+    (192, (300, 200, 118)),
+    (576, (576, 576, 576)),
+)
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -46,6 +54,7 @@ class SparseVLM(DecoderPruner):
     kept: tuple[int, ...] | None = None
     layers: tuple[int, ...] | None = None
     name: ClassVar[str] = "sparsevlm"
+    published: ClassVar[Table] = _PUBLISHED
     budget: ClassVar = "layer_average"
     position_policy: ClassVar[PositionPolicy] = "compact"
 
@@ -106,7 +115,7 @@ class SparseVLM(DecoderPruner):
             return self.kept[stage]
         share = self.count(visual) / visual
         low, low_share = 0.0, 0.0
-        for budget, counts in _PUBLISHED:
+        for budget, counts in self.published:
             high, high_share = budget / 576, counts[stage] / 576
             if share <= high:
                 here = low_share + (high_share - low_share) * (share - low) / (high - low)
@@ -144,6 +153,51 @@ class SparseVLM(DecoderPruner):
         tokens = pad(rows, batch_first=True)
         mask = torch.arange(tokens.shape[1], device=keep.device) < counts[:, None]
         return Extras(tokens, mask, pad(sizes, batch_first=True))
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class SparseVLMPlus(SparseVLM):
+    r"""SparseVLM with attention freed from its decay over distance, and with the heads that look at the image.
+
+    Raters as in SparseVLM.  With A the causal softmax attention of a head in the layer that has just run, d its width,
+    and R_p the rotation of the rotary embedding at position p,
+
+    $$G_{ij} = \frac{(R_{p_i} \mathbf 1) \cdot (R_{p_j} \mathbf 1)}{\sqrt d}, \qquad
+      B^h_{ij} = A^h_{ij} / G_{ij}, \qquad s_j = \mathrm{mean}_{h \in T} \mathrm{mean}_{i \in raters} B^h_{ij}$$
+
+    where T are the `heads` heads with the largest sum of B over raters and visual tokens.  Of n visual tokens
+    min(count, n - 1) stay; what goes is gone: nothing is merged, and position ids stay as they were.
+    G changes its sign with the distance in models whose rotation turns far; the released program divides all the same,
+    and so does this.  Budget: the mean number of visual tokens over all layers.
+
+    Attributes:
+        heads: how many heads score, 14 as published (of 32); all of a layer that has no more.
+
+    Source: the released program's version 2.0, by its published tables of budgets; checked against the formula.
+    """
+
+    heads: int = 14
+    name: ClassVar[str] = "sparsevlm_plus"
+    published: ClassVar[Table] = _PLUS
+    position_policy: ClassVar[PositionPolicy] = "original"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_count(self.name, "heads", self.heads)
+
+    def scores(self, attention: RowAttention) -> Tensor:
+        """B of the heads in T, mean over heads and raters."""
+        gravity = attention.turned_rows @ attention.turned.mT / math.sqrt(attention.turned.shape[-1])
+        visual = attention.is_visual[:, None, None]
+        freed = (attention.weights / gravity[:, None]).masked_fill(~visual, 0).sum(2)  # (batch, heads, seqlen)
+        heads = min(self.heads, freed.shape[1])
+        best = ranked(freed.sum(-1), None)[:, :heads]
+        chosen = freed.gather(1, best[..., None].expand(-1, -1, freed.shape[2]))
+        return chosen.mean(1) / attention.rows.sum(1, keepdim=True).clamp(min=1)
+
+    def merged(self, step: DecoderStep, keep: Tensor) -> None:
+        """Nothing."""
+        return None
 
 
 def density_peaks(x: Tensor, clusters: int) -> tuple[Tensor, int]:

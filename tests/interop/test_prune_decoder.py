@@ -6,8 +6,11 @@ from typing import ClassVar
 
 import pytest
 import torch
+from prune_by_hand import PICTURE, ROWS, Slow, embeddings
+from torch._dynamo.exc import BackendCompilerFailed
 from torch.nn import functional as F
 from transformers import Qwen3Config
+from transformers.integrations import flex_attention
 from vlm_tiny import IMAGE, TEXT, batch, llava, paligemma, stir
 
 import mmkernels
@@ -15,96 +18,12 @@ import mmkernels.interop.mma_halves  # registers mmkernels_mma
 from mmkernels.errors import BackendError, ConfigError, ShapeError
 from mmkernels.pruning.pruner import DecoderPruner, Extras
 
-PICTURE = "<image>"
-ROWS = [[1, 5, PICTURE, 7, 8, 9], [1, PICTURE, 4, PICTURE, 6, 3, 3, 2], [1, 2, 3, 4]]
 LAYERS = 4
 
 
 @pytest.fixture(scope="module")
 def model():
     return llava(text_layers=LAYERS)
-
-
-class Slow:
-    """One sample through a Llama or Qwen3, with the whole attention map of every layer, and tokens dropped by rule."""
-
-    def __init__(self, model, drops, compact):
-        self.model, self.drops, self.compact = model, drops, compact
-        self.layers = model.model.language_model.layers
-        self.keys = [[] for _ in self.layers]  # (key, value) of each token a layer has seen
-        self.removed = [0] * len(self.layers)
-
-    def turn(self, x, position):
-        """Rotary embedding of one head, (headdim,), at one position."""
-        half = x.shape[-1] // 2
-        angles = position / 10000 ** (torch.arange(half) / half)
-        a, b = x[..., :half], x[..., half:]
-        return torch.cat([a * angles.cos() - b * angles.sin(), b * angles.cos() + a * angles.sin()], -1)
-
-    def project(self, layer, x, positions):
-        at, normed = layer.self_attn, layer.input_layernorm(x)
-        q, k, v = (p(normed).unflatten(-1, (-1, at.head_dim)) for p in (at.q_proj, at.k_proj, at.v_proj))
-        if hasattr(at, "q_norm"):
-            q, k = at.q_norm(q), at.k_norm(k)
-        q = torch.stack([self.turn(row, p) for row, p in zip(q, positions, strict=True)])
-        k = torch.stack([self.turn(row, p) for row, p in zip(k, positions, strict=True)])
-        return q, k, v
-
-    def maps(self, layer, q, k):
-        """(heads, rows, keys), the rows being the last ones."""
-        at = layer.self_attn
-        k = k.repeat_interleave(at.num_key_value_groups, dim=1)
-        logits = torch.einsum("qhd,khd->hqk", q, k) * at.scaling
-        rows, keys = logits.shape[1:]
-        later = torch.arange(keys)[None] > torch.arange(keys - rows, keys)[:, None]
-        return logits.masked_fill(later, -torch.inf).softmax(-1)
-
-    def run(self, x, positions, visual=None, last=-1):
-        """Hidden states of new tokens; with `visual` (bool list), a prompt whose tokens are dropped."""
-        positions, original = list(positions), sum(visual or [])
-        scores, start = None, len(self.keys[0])
-        columns = list(range(len(positions)))
-        for index, layer in enumerate(self.layers):
-            if visual is not None and index in self.drops:
-                scoring, count = self.drops[index]
-                if scoring == index:
-                    q, k, _ = self.project(layer, x, positions)
-                    scores = self.maps(layer, q, k).mean(0)[columns.index(last)]
-                ranked = sorted((c for c in range(len(x)) if visual[c]), key=lambda c: -float(scores[c]))
-                kept = set(ranked[: count(original)])
-                stay = [c for c in range(len(x)) if not visual[c] or c in kept]
-                x, visual = x[stay], [visual[c] for c in stay]
-                columns = [columns[c] for c in stay]
-                positions = list(range(len(stay))) if self.compact else [positions[c] for c in stay]
-                for later in range(index, len(self.layers)):
-                    self.removed[later] += len(scores) - len(stay)
-            elif visual is None:
-                shift = self.removed[index] if self.compact else 0
-                positions = [start_position - shift for start_position in self.absolute(start, len(x))]
-            q, k, v = self.project(layer, x, positions)
-            self.keys[index] += list(zip(k, v, strict=True))
-            keys, values = (torch.stack(t) for t in zip(*self.keys[index], strict=True))
-            weights = self.maps(layer, q, keys)
-            if visual is not None:
-                scores = weights.mean(0)[columns.index(last)]
-            values = values.repeat_interleave(layer.self_attn.num_key_value_groups, dim=1)
-            x = x + layer.self_attn.o_proj(torch.einsum("hqk,khd->qhd", weights, values).flatten(1))
-            x = x + layer.mlp(layer.post_attention_layernorm(x))
-        self.columns = columns
-        return self.model.lm_head(self.model.model.language_model.norm(x))
-
-    def absolute(self, start, count):
-        return range(start, start + count)
-
-
-def embeddings(model, row, pixels):
-    """Embeddings of a prompt, and which of them are visual."""
-    table, parts, visual = model.get_input_embeddings(), [], []
-    images = list(model.model.get_image_features(pixels).pooler_output) if len(pixels) else []
-    for part in row:
-        parts.append(images.pop(0) if part == PICTURE else table(torch.tensor([part])))
-        visual += [part == PICTURE] * len(parts[-1])
-    return torch.cat(parts), visual
 
 
 PRUNERS = {
@@ -169,19 +88,37 @@ def test_keeping_every_token_changes_no_bit(model):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("implementation", ["eager", "mmkernels_mma"])
-def test_every_attention_implementation(implementation):
-    model, inputs = llava(text_layers=LAYERS), batch(ROWS)
-    with mmkernels.prune(model, "pyramiddrop"):
-        expected = model.generate(
-            **inputs, max_new_tokens=3, do_sample=False, output_logits=True, return_dict_in_generate=True
-        )
+@pytest.mark.parametrize("name", ["fastv", "pyramiddrop", "sparsevlm"])
+@pytest.mark.parametrize("implementation", ["eager", "mmkernels_mma", "flex_attention"])
+def test_every_attention_implementation(name, implementation):
+    """Flex attention as written: compiled, torch 2.13 cannot build it for the second token on CPU, pruned or not."""
+    model, inputs, options = llava(text_layers=LAYERS), batch(ROWS), {} if name == "pyramiddrop" else {"num_keep": 9}
+    asked = {"max_new_tokens": 3, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    with mmkernels.prune(model, name, **options), torch.compiler.set_stance("force_eager"):
+        expected = model.generate(**inputs, **asked)
         model.model.language_model.set_attn_implementation(implementation)
-        got = model.generate(
-            **inputs, max_new_tokens=3, do_sample=False, output_logits=True, return_dict_in_generate=True
-        )
+        assert model.model.language_model.config._attn_implementation == implementation
+        got = model.generate(**inputs, **asked)
     for a, b in zip(got.logits, expected.logits, strict=True):
         torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-3)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["fastv", "vtc_cls"])
+def test_attention_that_does_not_compile_names_another(monkeypatch, name):
+    model, inputs = llava(text_layers=LAYERS), batch(ROWS)
+    model.model.language_model.set_attn_implementation("flex_attention")
+
+    def fails(*args, **kwargs):
+        raise BackendCompilerFailed(fails, RuntimeError("was not declared in this scope"), None)
+
+    monkeypatch.setattr(flex_attention, "compile_friendly_flex_attention", fails)
+    with (
+        mmkernels.prune(model, name, num_keep=4),
+        torch.compiler.set_stance("force_eager"),
+        pytest.raises(BackendError, match=r"flex_attention must compile; .*set_attn_implementation\('sdpa'\)"),
+    ):
+        model(**inputs)
 
 
 @torch.no_grad()
@@ -319,3 +256,31 @@ def test_what_cannot_drop_says_so(model):
             model(**inputs)
         model.gradient_checkpointing_disable()
         model.eval()
+
+
+@torch.no_grad()
+def test_sparsevlm_plus_keeps_what_whole_maps_say(model):
+    """Raters of the input embeddings, maps of the layer that has run, attention freed from distance."""
+    row = [1, 5, PICTURE, 7, 8, 9, 3, 4]
+    inputs = batch([row])
+    with mmkernels.prune(model, "sparsevlm_plus", kept=(5,), layers=(2,), heads=2) as handle:
+        model(**inputs)
+        kept = handle.kept[0].tolist()
+    x, visual = embeddings(model, row, inputs["pixel_values"])
+    images, text = range(2, 18), torch.arange(18, len(x))
+    assert visual == [c in images for c in range(len(x))]
+    relation = (x[2:18] @ x[text].T).softmax(-1).mean(0)
+    raters = text[relation > relation.mean()].tolist()
+    assert 0 < len(raters) < len(text)
+    decoder = copy.deepcopy(model.model.language_model)
+    decoder.set_attn_implementation("eager")
+    maps = decoder(inputs_embeds=x[None], output_attentions=True).attentions[1][0]
+    turns = 10000 ** (-torch.arange(4) / 4)
+    freed = torch.zeros(4, len(raters), 16)
+    for r, i in enumerate(raters):
+        for v, j in enumerate(images):
+            freed[:, r, v] = maps[:, i, j] / (2 * ((i - j) * turns).cos().sum() / 8**0.5)
+    heads = freed.sum((1, 2)).argsort(descending=True)[:2]
+    assert kept == sorted(freed[heads].mean((0, 1)).argsort(descending=True)[:5].tolist())
+    plain = maps[:, raters, 2:18].mean((0, 1)).argsort(descending=True)[:5]
+    assert kept != sorted(plain.tolist())  # what SparseVLM would keep

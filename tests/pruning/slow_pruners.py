@@ -152,6 +152,18 @@ def raters(visual, text):
     return [s > sum(share) / len(share) for s in share]
 
 
+def freed_scores(weights, positions, raters, visual, heads, headdim, base=10000.0):
+    """SparseVLM+'s scores of visual tokens from whole maps, weights[head][row][key]; raters and visual are columns."""
+
+    def gravity(i, j):  # of two vectors of ones, turned by angles that differ by (p_i - p_j) f
+        angles = [(positions[i] - positions[j]) * base ** (-2 * f / headdim) for f in range(headdim // 2)]
+        return 2 * sum(math.cos(angle) for angle in angles) / math.sqrt(headdim)
+
+    freed = [{(i, j): rows[i][j] / gravity(i, j) for i in raters for j in visual} for rows in weights]
+    best = falling([sum(of_head.values()) for of_head in freed])[:heads]
+    return [sum(freed[h][i, j] for h in best for i in raters) / (len(best) * len(raters)) for j in visual]
+
+
 def sparse_merge(x, scores):
     """SparseVLM's merged tokens of what is dropped, with how many are in each."""
     best = falling(scores)[: int(0.3 * len(x)) + 1]

@@ -5,7 +5,7 @@ import slow_pruners as slow
 import torch
 
 from mmkernels import ConfigError, DataError, ShapeError, get_pruner
-from mmkernels.pruning import DecoderStep
+from mmkernels.pruning import DecoderStep, RowAttention
 
 
 def step_of(layer, num_layers, visual=(8, 5), seqlen=14, seed=0):
@@ -163,6 +163,54 @@ def test_sparsevlms_budgets():
     small = get_pruner("sparsevlm", keep_ratio=0.5)
     assert small.drop_layers(4) == {1: 0, 2: 1, 3: 2}
     assert small.drop_layers(8) == {1: 0, 2: 1, 4: 3}
+
+
+def attention_of(positions, raters, visual, heads, headdim, seed=5):
+    """Random attention of a batch, with rows that are none, and rotations by the usual angles."""
+    draw = torch.Generator().manual_seed(seed)
+    batch, seqlen, most = len(positions), len(positions[0]), max(map(len, raters))
+    weights = torch.rand(batch, heads, most, seqlen, generator=draw)
+    angles = torch.tensor(positions)[..., None] / 10000 ** (2 * torch.arange(headdim // 2) / headdim)
+    turned = torch.cat([angles.cos() - angles.sin(), angles.cos() + angles.sin()], -1)
+    rows, is_visual = torch.zeros(batch, most, dtype=torch.bool), torch.zeros(batch, seqlen, dtype=torch.bool)
+    turned_rows = torch.zeros(batch, most, headdim)
+    for b in range(batch):
+        rows[b, : len(raters[b])], is_visual[b, visual[b]] = True, True
+        turned_rows[b, : len(raters[b])] = turned[b, raters[b]]
+    weights = weights.masked_fill(~rows[:, None, :, None], 0)
+    return RowAttention(weights, rows, is_visual, turned_rows + ~rows[..., None], turned)
+
+
+@pytest.mark.parametrize("heads", [2, 14])
+def test_sparsevlm_plus_frees_attention_from_distance(heads):
+    positions = [[0, 1, 2, 3, 4, 5, 6, 7], [0, 0, 1, 2, 5, 9, 10, 11]]  # some are gone, two are padding
+    raters, visual = [[6, 7], [7]], [[1, 2, 3, 4, 5], [3, 4, 5]]
+    seen = attention_of(positions, raters, visual, heads=3, headdim=8)
+    got = get_pruner("sparsevlm_plus", num_keep=2, heads=heads).scores(seen)
+    for b in range(2):
+        maps = torch.zeros(3, 8, 8)
+        maps[:, raters[b]] = seen.weights[b, :, : len(raters[b])]
+        want = slow.freed_scores(maps.tolist(), positions[b], raters[b], visual[b], heads, 8)
+        torch.testing.assert_close(got[b, visual[b]], torch.tensor(want), atol=1e-5, rtol=1e-4)
+        assert not got[b, [j for j in range(8) if j not in visual[b]]].any()
+    plain = get_pruner("sparsevlm", num_keep=2).scores(seen)
+    torch.testing.assert_close(plain[1], seen.weights[1, :, 0].mean(0))
+
+
+def test_sparsevlm_plus_drops_for_good_by_its_own_budgets():
+    tables = {64: (66, 34, 20), 96: (246, 54, 28), 128: (238, 108, 60), 192: (300, 200, 118), 576: (576, 576, 576)}
+    for budget, counts in tables.items():
+        pruner = get_pruner("sparsevlm_plus", num_keep=budget)
+        assert tuple(pruner.count_at(stage, 576) for stage in range(3)) == counts
+        tokens = (2 * 576, *(layers * count for layers, count in zip((4, 9, 17), counts, strict=True)))
+        assert abs(sum(tokens) / 32 - budget) < 1 or budget == 576  # as its authors count layers
+    assert pruner.position_policy == "original"
+    step = step_of(7, 32, visual=(60, 17), seqlen=66)
+    pruner = get_pruner("sparsevlm_plus", kept=(20, 9, 4))
+    assert_keeps_best(pruner, step, [9, 9])
+    assert pruner.merged(step, pruner.keep(step)) is None
+    with pytest.raises(ConfigError, match="sparsevlm_plus: heads must be at least 1; got 0"):
+        get_pruner("sparsevlm_plus", num_keep=2, heads=0)
 
 
 def test_sparsevlm_bad_input():
