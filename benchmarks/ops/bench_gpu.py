@@ -47,6 +47,7 @@ PROBLEMS = {
     "ssd_update": _update_inputs,
     "mma_attention": lambda g: attention_inputs(g, 1, 4096, 32, 32, 96),
     "cls_attention_scores": lambda g: score_inputs(g, 8, 577, 16, 64),
+    "attention_column_scores": lambda g: score_inputs(g, 8, 577, 16, 64, rows=577),
 }
 TRAINED = ("gated_rms_norm", "causal_conv1d", "ssd_scan", "mma_attention")
 WRITTEN = {"causal_conv1d_update": "conv_state", "ssd_update": "state"}

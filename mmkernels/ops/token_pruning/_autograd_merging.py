@@ -52,14 +52,16 @@ def _match_backward(ctx: Any, _keep: Any, _assignment: Any, _source: Any, grad: 
     # A vector too short to have a direction is divided by a constant.
     u, v = (row / length.clamp(min=1e-12) for row, length in zip(rows, lengths, strict=True))
     along = (u * v).sum(-1, keepdim=True)
-    toward = [
+    to_source, to_target = (
         grad[..., None] * (other - (along * own).masked_fill(length < 1e-12, 0)) / length.clamp(min=1e-12)
         for own, other, length in ((u, v, lengths[0]), (v, u, lengths[1]))
-    ]
-    # Several tokens may go to one: a product with ones where they go adds them up, in one order on every device.
-    place = torch.arange(metric.shape[1], device=metric.device)[:, None]
-    goes = (torch.cat([source, target], 1)[:, None] == place).to(grad.dtype)
-    return (goes @ torch.cat(toward, 1)).to(metric.dtype), None, None, None
+    )
+    # Each source is one token.  Several may go to one odd place, where a product with ones adds them up: in one order
+    # on every device, without atomics.
+    batch, tokens, dim = metric.shape
+    sent = grad.new_zeros((batch, tokens, dim)).scatter(1, source[..., None].expand(-1, -1, dim), to_source)
+    goes = (target[:, None] == torch.arange(1, tokens, 2, device=metric.device)[:, None]).to(grad.dtype)
+    return sent.slice_scatter(goes @ to_target, 1, 1, None, 2).to(metric.dtype), None, None, None
 
 
 def _merge_fake(

@@ -221,11 +221,11 @@ def sizes_config(tokens: int, merged: int) -> Config:
 
 
 def specimens(architecture: str) -> list[Specimen]:
-    """What is compiled ahead of time: ToMe's rounds in a ViT-L, halving, narrow tokens, without sizes."""
+    """What is compiled ahead of time: ToMe's rounds in a ViT-L, halving, without sizes."""
     types = dict.fromkeys(("keep", "assignment", "source"), "*i64") | dict.fromkeys(("x_batch", "x_row"), "i64")
     types |= dict.fromkeys(("sizes", "totals", "grad_totals", "products"), "*fp32")
     found, acc = [], {"ACC": tl.float32}
-    for dtype, dim, merged in (("bf16", 1024, 23), ("fp32", 1024, 288), ("bf16", 64, 16)):
+    for dtype, dim, merged in (("bf16", 1024, 23), ("fp32", 1024, 288)):
         inputs = types | dict.fromkeys(("x", "grad", "out"), f"*{dtype}")
         label = f"{dtype} dim {dim} merging {merged}"
         configs = (
