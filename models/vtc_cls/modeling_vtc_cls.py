@@ -18,7 +18,8 @@ class VTCCLSForConditionalGeneration(pruned_class(LlavaForConditionalGeneration)
     """LLaVA-1.5 with VTC-CLS built in: `config.num_keep` of each image's tokens reach the projector and the decoder.
 
     Everything else is `LlavaForConditionalGeneration`: its processor, prompts with all placeholders, `generate`.
-    `mmkernels.prune` puts another pruner in this one's place for a while.
+    `mmkernels.prune` puts another pruner of the vision side in this one's place for a while, or one of the decoder
+    beside it.
 
     Raises:
         ConfigError: scoring layers that the tower has not, or a tower without [CLS] and no `score_source`.

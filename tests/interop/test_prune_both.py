@@ -92,6 +92,11 @@ def test_any_order_is_the_same_and_comes_off_bit_for_bit(model):
     assert torch.equal(model(**inputs).logits, stock)
     with mmkernels.prune(model, [get_pruner("vtc_cls", keep_ratio=1.0), get_pruner("fastv", keep_ratio=1.0)]):
         assert torch.equal(model(**inputs).logits, stock)
+    asked = {"max_new_tokens": 3, "do_sample": False}
+    with mmkernels.prune(model, vision):
+        expected = model.generate(**inputs, **asked)
+        with mmkernels.prune(model, "fastv", keep_ratio=1.0):
+            assert torch.equal(model.generate(**inputs, **asked), expected)
 
 
 @torch.no_grad()

@@ -136,6 +136,8 @@ def test_the_model_is_llava_with_a_pruner_built_in(model, tmp_path):
     assert torch.equal(again(**given).logits, stock(**given).logits)
     with mmkernels.prune(model, "random", num_keep=3):
         assert model(**given).logits.shape[1] == expected.shape[1] - 2
+    with mmkernels.prune(model, "fastv", num_keep=3, layer=1):  # beside the one built in
+        assert model(**given).logits.shape[1] == expected.shape[1] - 2
     assert torch.equal(model(**given).logits, expected)
     asked = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None}
     together = model.generate(**given, **asked)
