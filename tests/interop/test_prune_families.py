@@ -68,8 +68,10 @@ def test_images_of_different_shapes_in_llava_next():
     inputs["pixel_values"] = torch.randn(3, 3, 3, 32, 32, generator=torch.Generator().manual_seed(2))
     model(**inputs)  # the stock model agrees with these numbers
     asked = {"max_new_tokens": 3, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
-    for name, options in (("vtc_cls", {"num_keep": 5, "scope": "global"}), ("fastv", {"num_keep": 6, "layer": 2})):
-        with mmkernels.prune(model, name, **options):
+    vision = mmkernels.get_pruner("vtc_cls", num_keep=5, scope="global")
+    decoder = mmkernels.get_pruner("fastv", num_keep=6, layer=2)
+    for pruner in (vision, decoder, [vision, decoder]):
+        with mmkernels.prune(model, pruner):
             together = model.generate(**inputs, **asked)
             for i, (row, part) in enumerate(zip(rows, (slice(0, 1), slice(1, 3), slice(3, 3)), strict=True)):
                 alone = batch([row])
