@@ -93,14 +93,16 @@ STABLE_TORCH_LIBRARY(mmkernels, m) {
       "Tensor? initial_states, Tensor? seq_idx, Tensor? cu_seqlens, bool silu, bool reverse, "
       "bool parameter_gradients) -> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias, Tensor grad_initial_states)");
   m.def(
-      "causal_conv1d_update(Tensor x, Tensor(a!) conv_state, Tensor weight, Tensor? bias, Tensor? state_indices, "
-      "bool silu) -> Tensor");
+      "causal_conv1d_update(Tensor x, Tensor(a!) conv_state, Tensor weight, bool silu, Tensor? bias=None, "
+      "Tensor? state_indices=None) -> Tensor");
+  // Of what a step calls: an argument left out costs a tenth of one that is None (and a negative dt_high is no limit).
   m.def(
-      "ssd_update(Tensor(a!) state, Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, "
-      "Tensor? dt_bias, Tensor? state_indices, bool dt_softplus, float dt_low, float dt_high) -> Tensor");
+      "ssd_update(Tensor(a!) state, Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, bool dt_softplus, "
+      "Tensor? D=None, Tensor? dt_bias=None, Tensor? z=None, Tensor? state_indices=None, float dt_low=0.0, "
+      "float dt_high=-1.0) -> Tensor");
 
   // A few rows times a large matrix; its gradients are plain products.
-  m.def("decode_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
+  m.def("decode_linear(Tensor x, Tensor weight, Tensor? bias=None) -> Tensor");
   m.def("decode_linear_fwd(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
 
   // Scores of visual tokens, and the choice among them; counts is how many each sample keeps (absent: width), total < 0

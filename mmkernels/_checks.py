@@ -6,7 +6,6 @@ import torch
 
 from mmkernels.errors import DeviceError, DtypeError, ShapeError
 
-PLAIN = frozenset((torch.Tensor, torch.nn.Parameter, type(None)))  # nothing that hides something else
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 

@@ -27,6 +27,7 @@ NATIVE_PROBE = "mmkernels._native:probe"
 _FORCED = _env.forced_backend()
 _OPS: "dict[str, Op]" = {}
 # By a name of this module, each is one look-up a call instead of three.
+_Tensor = torch.Tensor
 _grad_enabled = torch.is_grad_enabled
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _transforms_active = torch._C._are_functorch_transforms_active
@@ -172,21 +173,21 @@ class Op:
                 return implementation(**args)
         return implementation(**args)
 
-    def direct(self, backend: str | None) -> Callable[..., Any] | None:
+    def direct(self, backend: str | None, x: Any) -> Callable[..., Any] | None:
         """The native library op, if nothing but its arguments can object to it; else None: then take the ordinary way.
 
-        Nothing is forced, traced, transformed, watched by a dispatch mode or differentiated.  What is left to the
-        caller: the first tensor is a plain one on the CPU, the others are plain.  What is left to the op: everything
-        that the public function checks.  It refuses with a RuntimeError before it has changed anything, whereupon the
-        ordinary way finds the words, or another way to compute what the op does not.
+        `x` is a plain tensor on the CPU; nothing is forced, traced, transformed, watched by a dispatch mode or
+        differentiated.  What is left to the op: everything that the public function checks.  It refuses with a
+        RuntimeError before it has changed anything, whereupon the ordinary way finds the words, or another way to
+        compute what the op does not.
         """
-        if is_dynamo_compiling() or _grad_enabled() or not _override.idle or _FORCED is not None:
+        if is_dynamo_compiling() or type(x) is not _Tensor or not x.is_cpu or _grad_enabled():
+            return None
+        if not _override.idle or _FORCED is not None or (backend is not None and backend != "native"):
             return None
         if _dispatch_modes() or _transforms_active() or forward_ad._current_level >= 0:
             return None
-        if self._native is None or (backend is not None and backend != "native"):
-            return None
-        return self._native.library_op
+        return self._native.library_op if self._native is not None else None
 
     def resolve(self, backend: str | None, args: dict[str, Any]) -> Callable[..., Any]:
         """The implementation that runs this call, or a BackendError with every reason."""

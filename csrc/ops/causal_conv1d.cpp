@@ -272,8 +272,8 @@ std::tuple<Tensor, Tensor, Tensor> backward_2d(const Tensor& grad_y, const Tenso
 }
 
 // As in ssd_update.cpp, the checks are all of the public function's, before anything is written.
-Tensor update(const Tensor& x_, Tensor conv_state, const Tensor& weight_, const MaybeTensor& bias_,
-              const MaybeTensor& state_indices, bool silu) {
+Tensor update(const Tensor& x_, Tensor conv_state, const Tensor& weight_, bool silu, const MaybeTensor& bias_,
+              const MaybeTensor& state_indices) {
   View x(x_);
   const View state(conv_state), weight(weight_), bias(bias_);
   STD_TORCH_CHECK(x.dim == 2 || x.dim == 3, "causal_conv1d_update: x must be (batch, [seqlen,] dim)");

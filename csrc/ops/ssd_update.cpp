@@ -4,6 +4,8 @@
 // mmkernels/_dispatch.py).  They come before anything is written.
 #include "cpu/ssd_update.h"
 
+#include <limits>
+
 #include <torch/csrc/stable/library.h>
 
 #include "common/integers.h"
@@ -41,9 +43,17 @@ SsdVector per_head(const View& view, const char* name) {
   return vector;
 }
 
+void walk(SsdUpdate& call, const Tensor& state, const View& view) {
+  call.state = state.mutable_data_ptr();
+  call.state_slot = view.strides[0];
+  call.state_head = view.strides[1];
+  call.state_row = view.strides[2];
+}
+
 Tensor update(Tensor state_, const Tensor& x_, const Tensor& dt_, const Tensor& A_, const Tensor& B_, const Tensor& C_,
-              const MaybeTensor& D_, const MaybeTensor& z_, const MaybeTensor& dt_bias_,
-              const MaybeTensor& state_indices, bool dt_softplus, double dt_low, double dt_high) {
+              bool dt_softplus, const MaybeTensor& D_, const MaybeTensor& dt_bias_, const MaybeTensor& z_,
+              const MaybeTensor& state_indices, double dt_low, double dt_high) {
+  if (dt_high < 0) dt_high = std::numeric_limits<double>::infinity();
   const View state(state_), x(x_), dt(dt_), A(A_), B(B_), C(C_), D(D_), z(z_), dt_bias(dt_bias_);
   STD_TORCH_CHECK(x.dim == 3 || x.dim == 4, "ssd_update: x must be (batch, [seqlen,] nheads, headdim)");
   STD_TORCH_CHECK(B.dim == x.dim && state.dim == 4, "ssd_update: B or state has the wrong shape");
@@ -89,15 +99,15 @@ Tensor update(Tensor state_, const Tensor& x_, const Tensor& dt_, const Tensor& 
   Tensor y = empty(x.sizes, x.dim, x.dtype);
   call.y = y.mutable_data_ptr();
   call.slots = slots.data();
-  const bool dense = call.dstate <= 1 || state.strides[3] == 1;
-  Tensor walked = dense ? state_ : torch::stable::contiguous(state_);
-  const View walk(walked);
-  call.state = walked.mutable_data_ptr();
-  call.state_slot = walk.strides[0];
-  call.state_head = walk.strides[1];
-  call.state_row = walk.strides[2];
-  ssd_update(call);
-  if (!dense) torch::stable::copy_(state_, walked);
+  if (call.dstate <= 1 || state.strides[3] == 1) {
+    walk(call, state_, state);
+    ssd_update(call);
+  } else {
+    Tensor dense = torch::stable::contiguous(state_);
+    walk(call, dense, View(dense));
+    ssd_update(call);
+    torch::stable::copy_(state_, dense);
+  }
   return y;
 }
 

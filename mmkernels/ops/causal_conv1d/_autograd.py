@@ -78,11 +78,10 @@ def _bwd_fake(
     )
 
 
-def _update_fake(x: Tensor, conv_state: Tensor, weight: Tensor, bias: Any, state_indices: Any, silu: bool) -> Tensor:
+def _update_fake(x: Tensor, conv_state: Tensor, weight: Tensor, *others: Any) -> Tensor:
     # A direct call with some tensors on "meta" arrives here, unchecked.
-    same_device(
-        "causal_conv1d_update", x=x, conv_state=conv_state, weight=weight, bias=bias, state_indices=state_indices
-    )
+    optional = zip(("bias", "state_indices"), (o for o in others if not isinstance(o, bool)), strict=False)
+    same_device("causal_conv1d_update", x=x, conv_state=conv_state, weight=weight, **dict(optional))
     return x.new_empty(x.shape)
 
 

@@ -6,7 +6,7 @@ Mamba-2's short convolution (arXiv 2405.21060, figure 6), as implemented for CUD
 import torch
 
 from mmkernels import _triton
-from mmkernels._checks import PLAIN, Sizes, Verified, floating, integer, same_device
+from mmkernels._checks import Sizes, Verified, floating, integer, same_device
 from mmkernels._dispatch import NATIVE_PROBE, Backend, Op
 from mmkernels._gradients import no_gradient_in_place, untracked_transform
 from mmkernels.errors import ConfigError, ShapeError
@@ -186,16 +186,12 @@ def causal_conv1d_update(
 
     Source: checked against causal_conv1d on the concatenated inputs.
     """
-    direct = CAUSAL_CONV1D_UPDATE.direct(backend)
-    if (
-        direct is not None
-        and type(x) is torch.Tensor
-        and x.is_cpu
-        and PLAIN.issuperset(map(type, (conv_state, weight, bias, state_indices)))
-        and (activation is None or activation == "silu")
-    ):
+    direct = CAUSAL_CONV1D_UPDATE.direct(backend, x)
+    if direct is not None and (activation is None or activation == "silu"):
         try:
-            return direct(x, conv_state, weight, bias, state_indices, activation is not None)
+            if state_indices is None:
+                return direct(x, conv_state, weight, activation is not None, bias)
+            return direct(x, conv_state, weight, activation is not None, bias, state_indices)
         except RuntimeError:
             pass  # nothing has changed: below it is said in words, or done in another way
     seen = _verified_updates.signature(x, conv_state, weight, bias, activation, state_indices)

@@ -6,7 +6,7 @@ the time of reading memory.
 
 import torch
 
-from mmkernels._checks import PLAIN, Sizes, Verified, floating, same_device
+from mmkernels._checks import Sizes, Verified, floating, same_device
 from mmkernels._dispatch import NATIVE_PROBE, Backend, Op
 from mmkernels._gradients import untracked_transform
 
@@ -68,10 +68,10 @@ def decode_linear(
 
     Source: the definition; checked against it in float64.
     """
-    direct = DECODE_LINEAR.direct(backend)
-    if direct is not None and type(x) is torch.Tensor and x.is_cpu and PLAIN.issuperset((type(weight), type(bias))):
+    direct = DECODE_LINEAR.direct(backend, x)
+    if direct is not None:
         try:
-            return direct(x, weight, bias)
+            return direct(x, weight) if bias is None else direct(x, weight, bias)
         except RuntimeError:
             pass  # nothing has changed: below it is said in words, or done in another way
     function = "decode_linear"

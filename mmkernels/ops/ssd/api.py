@@ -261,16 +261,14 @@ def ssd_update(
     Source:
         Dao and Gu, "Transformers are SSMs" (2024), eq. 16; checked against `ssd_scan` in float64.
     """
-    direct = SSD_UPDATE.direct(backend)
-    if (
-        direct is not None
-        and type(x) is torch.Tensor
-        and x.is_cpu
-        and _checks.PLAIN.issuperset(map(type, (state, dt, A, B, C, D, z, dt_bias, state_indices)))
-        and type(dt_limit) is tuple
-    ):
+    direct = SSD_UPDATE.direct(backend, x)
+    if direct is not None and type(dt_limit) is tuple and len(dt_limit) == 2:
         try:
-            return direct(state, x, dt, A, B, C, D, z, dt_bias, state_indices, dt_softplus, *dt_limit)
+            if z is None and state_indices is None and dt_limit == _NO_LIMIT:
+                return direct(state, x, dt, A, B, C, dt_softplus, D, dt_bias)
+            low, high = float(dt_limit[0]), float(dt_limit[1])
+            if high >= 0:
+                return direct(state, x, dt, A, B, C, dt_softplus, D, dt_bias, z, state_indices, low, high)
         except RuntimeError:
             pass  # nothing has changed: below it is said in words, or done in another way
     seen = _verified_updates.signature(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_limit, state_indices)
