@@ -3,6 +3,10 @@
 
 #include <vector>
 
+#if defined(__unix__)
+#include <unistd.h>
+#endif
+
 #include "common/tensor.h"
 #include "cpu/ssd.h"
 #include "cpu/ssd_plan.h"
@@ -35,6 +39,17 @@ inline void check_dtype(const Tensor& tensor, ScalarType dtype, const char* name
 inline Tensor integers(const Tensor& tensor) {
   return torch::stable::contiguous(
       tensor.scalar_type() == ScalarType::Long ? tensor : torch::stable::to(tensor, ScalarType::Long));
+}
+
+// States that a task keeps in L2 at once: half of it, as a chunk's pieces lie there too; 256 KiB where nobody tells.
+inline int64_t states_at_once() {
+  constexpr int64_t least = 262144;
+#if defined(_SC_LEVEL2_CACHE_SIZE)
+  static const int64_t half = static_cast<int64_t>(sysconf(_SC_LEVEL2_CACHE_SIZE)) / 2;
+  return half > least ? half : least;
+#else
+  return least;
+#endif
 }
 
 struct Options {
@@ -135,11 +150,11 @@ struct Inputs {
   }
 
   // Tasks that share a group in forward.  y does not depend on it, so the number of threads may decide: the fewest with
-  // 256 KiB of states at most that keep every thread equally busy (C B^T is computed once a task).
+  // states_at_once() at most that keep every thread equally busy (B, C and C B^T are made ready once a task).
   int64_t forward_blocks() const {
     const int64_t per_group = heads / groups, threads = torch::stable::get_num_threads();
     const int64_t state_bytes = headdim * dstate * (arithmetic == ScalarType::Double ? 8 : 4);
-    const int64_t fit = 262144 / (state_bytes > 0 ? state_bytes : 1);
+    const int64_t fit = states_at_once() / (state_bytes > 0 ? state_bytes : 1);
     const int64_t most = fit < 1 ? 1 : fit < per_group ? fit : per_group;
     int64_t blocks = (per_group + most - 1) / most;
     const auto balanced = [&](int64_t units) { return units % threads == 0 || units >= 8 * threads; };
