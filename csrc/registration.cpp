@@ -93,12 +93,13 @@ STABLE_TORCH_LIBRARY(mmkernels, m) {
       "Tensor? initial_states, Tensor? seq_idx, Tensor? cu_seqlens, bool silu, bool reverse, "
       "bool parameter_gradients) -> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias, Tensor grad_initial_states)");
   m.def(
-      "causal_conv1d_update(Tensor x, Tensor(a!) conv_state, Tensor weight, bool silu, Tensor? bias=None, "
+      "causal_conv1d_update(Tensor x, Tensor(a!) conv_state, Tensor weight, Tensor? bias=None, bool silu=True, "
       "Tensor? state_indices=None) -> Tensor");
-  // Of what a step calls: an argument left out costs a tenth of one that is None (and a negative dt_high is no limit).
+  // The defaults are what a decode step passes: an argument left out costs a tenth of one that is None, True or a
+  // number.  (A negative dt_high is no limit.)
   m.def(
-      "ssd_update(Tensor(a!) state, Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, bool dt_softplus, "
-      "Tensor? D=None, Tensor? dt_bias=None, Tensor? z=None, Tensor? state_indices=None, float dt_low=0.0, "
+      "ssd_update(Tensor(a!) state, Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D=None, "
+      "Tensor? dt_bias=None, bool dt_softplus=True, Tensor? z=None, Tensor? state_indices=None, float dt_low=0.0, "
       "float dt_high=-1.0) -> Tensor");
 
   // A few rows times a large matrix; its gradients are plain products.

@@ -7,6 +7,7 @@
 #include <initializer_list>
 #include <optional>
 
+#include <torch/csrc/stable/stableivalue_conversions.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include "common/pages.h"
@@ -54,16 +55,18 @@ struct View {
   const int64_t* strides = nullptr;
   const void* data = nullptr;
 
-  explicit View(const Tensor& tensor) {
+  explicit View(AtenTensorHandle tensor) {
+    if (tensor == nullptr) return;
     int64_t *sizes_ = nullptr, *strides_ = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dim(tensor.get(), &dim));
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &dtype));
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(tensor.get(), &sizes_));
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(tensor.get(), &strides_));
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_get_const_data_ptr(tensor.get(), &data));
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dim(tensor, &dim));
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor, &dtype));
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(tensor, &sizes_));
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(tensor, &strides_));
+    STABLE_TORCH_ERROR_CODE_CHECK(torch_get_const_data_ptr(tensor, &data));
     sizes = sizes_;
     strides = strides_;
   }
+  explicit View(const Tensor& tensor) : View(tensor.get()) {}
   explicit View(const std::optional<Tensor>& tensor) {
     if (tensor) *this = View(*tensor);
   }
@@ -78,6 +81,42 @@ struct View {
     }
     return d == dim;
   }
+};
+
+// A tensor of the dispatcher's stack, or none.  (TORCH_BOX makes a shared pointer of each, which for a dozen of them takes
+// as long as a small step.)  Take all arguments off the stack before anything can throw: each owns its tensor.
+class Argument {
+ public:
+  static Argument required(StableIValue value) { return Argument(torch::stable::detail::to<AtenTensorHandle>(value)); }
+  static Argument optional(StableIValue value) {
+    const StableIValue* inner = torch::stable::detail::to<const StableIValue*>(value);
+    if (inner == nullptr) return Argument(nullptr);
+    const StableIValue tensor = *inner;
+    delete inner;
+    return required(tensor);
+  }
+  Argument(const Argument&) = delete;
+  Argument& operator=(const Argument&) = delete;
+  ~Argument() {
+    if (handle_ != nullptr) aoti_torch_delete_tensor_object(handle_);
+  }
+
+  explicit operator bool() const { return handle_ != nullptr; }
+  View view() const { return View(handle_); }
+  void* mutable_data() const {
+    void* data = nullptr;
+    STABLE_TORCH_ERROR_CODE_CHECK(torch_get_mutable_data_ptr(handle_, &data));
+    return data;
+  }
+  Tensor tensor() const {
+    AtenTensorHandle another = nullptr;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_new_tensor_handle(handle_, &another));
+    return Tensor(another);
+  }
+
+ private:
+  explicit Argument(AtenTensorHandle handle) : handle_(handle) {}
+  AtenTensorHandle handle_;
 };
 
 // Whether fresh outputs are filled with NaN, so that a test sees what nobody wrote.

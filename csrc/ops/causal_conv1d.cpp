@@ -272,7 +272,7 @@ std::tuple<Tensor, Tensor, Tensor> backward_2d(const Tensor& grad_y, const Tenso
 }
 
 // As in ssd_update.cpp, the checks are all of the public function's, before anything is written.
-Tensor update(const Tensor& x_, Tensor conv_state, const Tensor& weight_, bool silu, const MaybeTensor& bias_,
+Tensor update(const Tensor& x_, Tensor conv_state, const Tensor& weight_, const MaybeTensor& bias_, bool silu,
               const MaybeTensor& state_indices) {
   View x(x_);
   const View state(conv_state), weight(weight_), bias(bias_);

@@ -43,18 +43,21 @@ SsdVector per_head(const View& view, const char* name) {
   return vector;
 }
 
-void walk(SsdUpdate& call, const Tensor& state, const View& view) {
-  call.state = state.mutable_data_ptr();
+void walk(SsdUpdate& call, void* state, const View& view) {
+  call.state = state;
   call.state_slot = view.strides[0];
   call.state_head = view.strides[1];
   call.state_row = view.strides[2];
 }
 
-Tensor update(Tensor state_, const Tensor& x_, const Tensor& dt_, const Tensor& A_, const Tensor& B_, const Tensor& C_,
-              bool dt_softplus, const MaybeTensor& D_, const MaybeTensor& dt_bias_, const MaybeTensor& z_,
-              const MaybeTensor& state_indices, double dt_low, double dt_high) {
+Tensor update(const Argument& state_, const Argument& x_, const Argument& dt_, const Argument& A_, const Argument& B_,
+              const Argument& C_, const Argument& D_, const Argument& dt_bias_, bool dt_softplus, const Argument& z_,
+              const Argument& state_indices_, double dt_low, double dt_high) {
   if (dt_high < 0) dt_high = std::numeric_limits<double>::infinity();
-  const View state(state_), x(x_), dt(dt_), A(A_), B(B_), C(C_), D(D_), z(z_), dt_bias(dt_bias_);
+  const View state = state_.view(), x = x_.view(), dt = dt_.view(), A = A_.view(), B = B_.view(), C = C_.view(),
+             D = D_.view(), z = z_.view(), dt_bias = dt_bias_.view();
+  MaybeTensor state_indices;
+  if (state_indices_) state_indices = state_indices_.tensor();
   STD_TORCH_CHECK(x.dim == 3 || x.dim == 4, "ssd_update: x must be (batch, [seqlen,] nheads, headdim)");
   STD_TORCH_CHECK(B.dim == x.dim && state.dim == 4, "ssd_update: B or state has the wrong shape");
   const bool several = x.dim == 4;
@@ -100,19 +103,29 @@ Tensor update(Tensor state_, const Tensor& x_, const Tensor& dt_, const Tensor& 
   call.y = y.mutable_data_ptr();
   call.slots = slots.data();
   if (call.dstate <= 1 || state.strides[3] == 1) {
-    walk(call, state_, state);
+    walk(call, state_.mutable_data(), state);
     ssd_update(call);
   } else {
-    Tensor dense = torch::stable::contiguous(state_);
-    walk(call, dense, View(dense));
+    Tensor strided = state_.tensor(), dense = torch::stable::contiguous(strided);
+    walk(call, dense.mutable_data_ptr(), View(dense));
     ssd_update(call);
-    torch::stable::copy_(state_, dense);
+    torch::stable::copy_(strided, dense);
   }
   return y;
 }
 
+void boxed_update(StableIValue* stack, uint64_t, uint64_t) {
+  using torch::stable::detail::to;
+  const auto tensor = [&](int i) { return Argument::required(stack[i]); };
+  const auto maybe = [&](int i) { return Argument::optional(stack[i]); };
+  const Argument state = tensor(0), x = tensor(1), dt = tensor(2), A = tensor(3), B = tensor(4), C = tensor(5),
+                 D = maybe(6), dt_bias = maybe(7), z = maybe(9), state_indices = maybe(10);
+  stack[0] = torch::stable::detail::from(update(state, x, dt, A, B, C, D, dt_bias, to<bool>(stack[8]), z, state_indices,
+                                                to<double>(stack[11]), to<double>(stack[12])));
+}
+
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(mmkernels, CPU, m) { m.impl("ssd_update", TORCH_BOX(&update)); }
+STABLE_TORCH_LIBRARY_IMPL(mmkernels, CPU, m) { m.impl("ssd_update", &boxed_update); }
 
 }  // namespace mmkernels

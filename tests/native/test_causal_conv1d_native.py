@@ -328,5 +328,5 @@ def test_opcheck(grad):
         torch.library.opcheck(ops.causal_conv1d_bwd.default, (grad_y, grad_final, *tensors, *rest, True))
     if not grad:
         made = step_inputs(torch.float32, 4, 3, slots=[1, -1, 0])
-        given = (made["x"], made["conv_state"], made["weight"], True, made["bias"], made["state_indices"])
+        given = (made["x"], made["conv_state"], made["weight"], made["bias"], True, made["state_indices"])
         torch.library.opcheck(ops.causal_conv1d_update.default, given)

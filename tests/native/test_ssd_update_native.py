@@ -166,7 +166,7 @@ def test_slots_are_checked_and_gradients_declined():
 def test_opcheck():
     for options in ({"slots": [1, -1, 0]}, {"tokens": 2, "plain": True}):
         made = inputs(torch.float32, 2, 3, 4, **options)
-        tensors = [made.get(name) for name in ("state", "x", "dt", "A", "B", "C")]
-        optional = [made.get(name) for name in ("D", "dt_bias", "z", "state_indices")]
-        args = (*tensors, made.get("dt_softplus", False), *optional, 0.0, float("inf"))
+        tensors = [made.get(name) for name in ("state", "x", "dt", "A", "B", "C", "D", "dt_bias")]
+        rest = (made.get("dt_softplus", False), made.get("z"), made.get("state_indices"), 0.0, float("inf"))
+        args = (*tensors, *rest)
         torch.library.opcheck(ops.ssd_update.default, args)

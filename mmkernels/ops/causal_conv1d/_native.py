@@ -47,10 +47,10 @@ def causal_conv1d_update(
     """See mmkernels.causal_conv1d_update."""
     silu = activation == "silu"
     if (x.dtype == torch.float64) == (conv_state.dtype == torch.float64):
-        return _update(x, conv_state, weight, silu, bias, state_indices)
+        return _update(x, conv_state, weight, bias, silu, state_indices)
     # Everything in float64, which holds either dtype exactly: an untouched slot is the same after the round trip.
     wide = conv_state.double()
-    y = _update(x.double(), wide, weight, silu, bias, state_indices).to(x.dtype)
+    y = _update(x.double(), wide, weight, bias, silu, state_indices).to(x.dtype)
     if wide is not conv_state:
         conv_state.copy_(wide)
     return y

@@ -189,9 +189,9 @@ def causal_conv1d_update(
     direct = CAUSAL_CONV1D_UPDATE.direct(backend, x)
     if direct is not None and (activation is None or activation == "silu"):
         try:
-            if state_indices is None:
-                return direct(x, conv_state, weight, activation is not None, bias)
-            return direct(x, conv_state, weight, activation is not None, bias, state_indices)
+            if state_indices is None and activation is not None:
+                return direct(x, conv_state, weight, bias)
+            return direct(x, conv_state, weight, bias, activation is not None, state_indices)
         except RuntimeError:
             pass  # nothing has changed: below it is said in words, or done in another way
     seen = _verified_updates.signature(x, conv_state, weight, bias, activation, state_indices)

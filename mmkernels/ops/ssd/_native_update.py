@@ -30,12 +30,12 @@ def ssd_update(
     """See mmkernels.ssd_update."""
     low, high = dt_limit
     if (x.dtype == torch.float64) == (state.dtype == torch.float64):
-        return _update(state, x, dt, A, B, C, dt_softplus, D, dt_bias, z, state_indices, low, high)
+        return _update(state, x, dt, A, B, C, D, dt_bias, dt_softplus, z, state_indices, low, high)
     # Everything in float64, which holds either dtype exactly: an untouched slot is the same after the round trip.
     wide = state.double()
     dtype = x.dtype
     x, B, C, z = x.double(), B.double(), C.double(), None if z is None else z.double()
-    y = _update(wide, x, dt, A, B, C, dt_softplus, D, dt_bias, z, state_indices, low, high).to(dtype)
+    y = _update(wide, x, dt, A, B, C, D, dt_bias, dt_softplus, z, state_indices, low, high).to(dtype)
     if wide is not state:
         state.copy_(wide)
     return y
@@ -45,7 +45,7 @@ def ssd_update(
 def ssd_update_fake(state: Tensor, x: Tensor, *others: Any) -> Tensor:
     """Shape and dtype of y: those of x, dense."""
     # A direct call with some tensors on "meta" arrives here, unchecked.
-    names = ("dt", "A", "B", "C", "", "D", "dt_bias", "z", "state_indices")
+    names = ("dt", "A", "B", "C", "D", "dt_bias", "", "z", "state_indices")
     tensors = {name: value for name, value in zip(names, others, strict=False) if name}
     _checks.same_device("ssd_update", x=x, state=state, **tensors)
     return x.new_empty(x.shape)

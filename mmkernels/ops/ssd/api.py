@@ -264,11 +264,11 @@ def ssd_update(
     direct = SSD_UPDATE.direct(backend, x)
     if direct is not None and type(dt_limit) is tuple and len(dt_limit) == 2:
         try:
-            if z is None and state_indices is None and dt_limit == _NO_LIMIT:
-                return direct(state, x, dt, A, B, C, dt_softplus, D, dt_bias)
+            if dt_softplus is True and z is None and state_indices is None and dt_limit == _NO_LIMIT:
+                return direct(state, x, dt, A, B, C, D, dt_bias)
             low, high = float(dt_limit[0]), float(dt_limit[1])
             if high >= 0:
-                return direct(state, x, dt, A, B, C, dt_softplus, D, dt_bias, z, state_indices, low, high)
+                return direct(state, x, dt, A, B, C, D, dt_bias, dt_softplus, z, state_indices, low, high)
         except RuntimeError:
             pass  # nothing has changed: below it is said in words, or done in another way
     seen = _verified_updates.signature(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_limit, state_indices)
