@@ -16,7 +16,7 @@ import stat
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,6 @@ _FAILURE_LIFETIME = 3600  # seconds for which a failed compilation is not tried 
 _UNUSED_LIFETIME = 30 * 86400  # seconds after which unused files leave the cache
 _log = logging.getLogger("mmkernels")
 _guard = threading.Lock()
-_registrations = torch.library.Library("mmkernels", "IMPL")  # registrations end with this object
 
 
 @dataclasses.dataclass
@@ -130,17 +129,6 @@ def poison(on: bool) -> bool:
         return False  # nothing native will run
     before: bool = torch.ops.mmkernels.poison(on)
     return before
-
-
-def without_autograd(overload: Any) -> Callable[..., Any]:
-    """A library op that has no gradient, as fast as it can be called from Python.
-
-    It passes the dispatcher's autograd step by, whose part is to warn of missing gradients, and Python's own frame
-    around the call.  Only for an op that is never reached while a gradient is wanted.
-    """
-    _registrations.impl(overload._schema.name.split("::")[1], torch.library.fallthrough_kernel, "Autograd")
-    call: Callable[..., Any] = overload._op
-    return call
 
 
 def isa_levels() -> list[str]:

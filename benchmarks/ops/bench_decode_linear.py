@@ -43,8 +43,11 @@ def walk(function, x, weights):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 @pytest.mark.parametrize("who", [decode_linear, F.linear], ids=["mmkernels", "torch"])
-@pytest.mark.parametrize("placed", [False, True], ids=["small-pages", "large-pages"])
-@pytest.mark.parametrize("rows", [1, 8])
+@pytest.mark.parametrize(
+    ("rows", "placed"),
+    [(1, False), *((rows, True) for rows in (1, 2, 4, 8, 16))],
+    ids=lambda v: {False: "small-pages", True: "large-pages"}[v] if isinstance(v, bool) else f"{v}-rows",
+)
 @pytest.mark.parametrize("shape", SHAPES)
 def bench_forward(benchmark, shape, rows, placed, who, dtype):
     inner, out = SHAPES[shape]

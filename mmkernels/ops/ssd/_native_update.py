@@ -9,7 +9,7 @@ from mmkernels import _checks, _native
 
 _native.require()
 _update = torch.ops.mmkernels.ssd_update.default
-library_op = _native.without_autograd(_update)
+library_op = _update._op  # without Python's frame around it
 
 
 def ssd_update(
