@@ -73,6 +73,16 @@ def dot(a, b, acc=None, PRECISION: tl.constexpr = "ieee"):
     return tl.dot(a, b, acc, input_precision=PRECISION)
 
 
+@triton.jit
+def row_offset(row, directions, along_batch, along_direction, order):
+    """Where a 64-bit row begins in a tensor (batch, ...) or, if there are orders, (batch, directions, ...)."""
+    if order is not None:
+        offset = row // directions * along_batch + row % directions * along_direction
+    else:
+        offset = row * along_batch
+    return offset
+
+
 @triton.jit(do_not_specialize=["rows"])
 def column_sums_kernel(x, out, rows, columns, ACC: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """Sum the rows of dense x (rows, columns) into out (columns,), in a fixed order.

@@ -1,7 +1,8 @@
 """The Triton backends on a CUDA device against PyTorch, the compiler, and the CUDA packages (`make gpu`).
 
 Sizes of mamba2-2.7b (d_inner 5120, 80 heads of 64, state 128) in bfloat16: a prompt of 8192 tokens, a decode batch of
-64; attention of Phi-3-mini (32 heads of 96), causal, over 4096 tokens; scores of CLIP ViT-L/14-336, 8 images.
+64, a grid of 27 x 27 in four directions; attention of Phi-3-mini (32 heads of 96), causal, over 4096 tokens; scores of
+CLIP ViT-L/14-336, 8 images.
 Every contestant is checked against torch in float32 before it is timed; a call ends when the device has finished.
 extra_info["bytes"] is what has to be moved at least, for the share of the memory's speed.
 """
@@ -17,6 +18,7 @@ from mmkernels.testing import error_of
 from mmkernels.testing.cases_causal_conv1d import conv_inputs, states
 from mmkernels.testing.cases_gated_rms_norm import norm_inputs
 from mmkernels.testing.cases_mma_attention import attention_inputs
+from mmkernels.testing.cases_scan2d import CROSS, ssd_2d_inputs
 from mmkernels.testing.cases_ssd import ssd_inputs
 from mmkernels.testing.cases_token_pruning import score_inputs
 
@@ -45,6 +47,7 @@ PROBLEMS = {
     "causal_conv1d_update": _conv_update_inputs,
     "ssd_scan": lambda g: ssd_inputs(g, 1, 8192, 80, 64, 128, skip="head", gate=True, softplus=True),
     "ssd_update": _update_inputs,
+    "ssd_scan_2d": lambda g: ssd_2d_inputs(g, 1, (27, 27), 80, 64, 1, 128, CROSS),
     "mma_attention": lambda g: attention_inputs(g, 1, 4096, 32, 32, 96),
     "cls_attention_scores": lambda g: score_inputs(g, 8, 577, 16, 64),
     "attention_column_scores": lambda g: score_inputs(g, 8, 577, 16, 64, rows=577),
@@ -153,6 +156,7 @@ def moved(op, args):
     """Bytes of the inputs, of the output, and of what is written in place."""
     sizes = {k: v.numel() * v.element_size() for k, v in args.items() if isinstance(v, torch.Tensor)}
     output = sizes["q"] if op == "mma_attention" else sizes.get("x", 0)  # scores are next to nothing
+    output *= len(args.get("scans", ())) or 1  # one for each direction
     return sum(sizes.values()) + output + sizes.get(WRITTEN.get(op, ""), 0)
 
 

@@ -31,6 +31,7 @@ MODULES = (
     "mmkernels.ops.mma_attention._triton_kernels",
     "mmkernels.ops.mma_attention._triton_kernels_backward",
     "mmkernels.ops.mma_attention._triton_kernels_plan",
+    "mmkernels.ops.scan2d._triton_kernels",
     "mmkernels.ops.ssd._triton_kernels_backward",
     "mmkernels.ops.ssd._triton_kernels_forward",
     "mmkernels.ops.ssd._triton_kernels_steps",

@@ -171,14 +171,16 @@ def _norm_views(generator: torch.Generator) -> Args:
 
 register_cases(
     *(
-        Case("ssd_scan_2d", name, build, small=small)
+        Case("ssd_scan_2d", name, build, small=small, heavy=name in ("chunks", "odd-grid"))
         for name, build, small in (
+            ("tiny", _ssd(1, (2, 1), 1, 3, 1, 2, ("raster_rev",)), True),
             ("both-ways", _ssd(2, (2, 3), 2, 3, 1, 4, BOTH_WAYS), True),
             ("cross-own", _ssd(1, (3, 2), 2, 3, 2, 4, CROSS, own="x dt B C", D="channel"), True),
             ("own-keys", _ssd(2, (2, 2), 2, 3, 1, 2, ("column", "hilbert_rev"), own="B C", D=""), True),
             ("paths", _ssd(1, (3, 4), 1, 2, 1, 3, ("snake_col", "diagonal", "window:2", "anti_diagonal_rev")), False),
             ("limits", _ssd(1, (1, 5), 2, 2, 1, 2, BOTH_WAYS, dt_limit=(0.1, 0.8)), True),
             ("views", _ssd_views, True),
+            ("cut", _ssd(1, (2, 3), 1, 2, 1, 2, ("column_rev", "hilbert"), own="x", chunk_size=2), False),
             ("chunks", _ssd(2, (9, 16), 4, 16, 2, 8, CROSS, own="x B C", chunk_size=32), False),
             ("odd-grid", _ssd(1, (13, 11), 3, 20, 1, 17, (*CROSS, "hilbert", "snake_row")), False),
             ("empty-seqlen", _ssd(2, (0, 3), 2, 4, 1, 2, BOTH_WAYS), False),
@@ -186,8 +188,9 @@ register_cases(
         )
     ),
     *(
-        Case("causal_conv1d_2d", name, build, small=small)
+        Case("causal_conv1d_2d", name, build, small=small, heavy=name == "pieces")
         for name, build, small in (
+            ("tiny", _conv(1, (1, 3), 1, 2, ("raster_rev",), activation="silu"), True),
             ("both-ways", _conv(2, (2, 3), 3, 4, BOTH_WAYS, activation="silu"), True),
             ("cross-own", _conv(1, (3, 2), 3, 3, CROSS, own=True, bias=False), True),
             ("paths", _conv(1, (3, 3), 2, 4, ("hilbert", "snake_row_rev", "window:2", "diagonal")), True),
@@ -200,8 +203,16 @@ register_cases(
         )
     ),
     *(
-        Case("conv_ssd_scan_2d", name, build, small=small, summands=2 * 135 if name == "chunks" else 0)
+        Case(
+            "conv_ssd_scan_2d",
+            name,
+            build,
+            small=small,
+            summands={"chunks": 2 * 135, "tiny": 2 * 2 * 3}.get(name, 0),  # tokens; all products of a rate
+            heavy=name in ("chunks", "views"),
+        )
         for name, build, small in (
+            ("tiny", _conv_ssd(1, (1, 3), 1, 2, 1, 2, ("raster_rev",), taps=2), True),
             ("views", _conv_ssd_views, False),
             ("own", _conv_ssd(1, (2, 3), 2, 3, 2, 2, BOTH_WAYS, own="xBC dt", taps=3, bias=False, D="channel"), True),
             ("linear", _conv_ssd(1, (3, 3), 2, 2, 1, 3, ("hilbert",), activation=None, D=""), False),

@@ -30,7 +30,7 @@ FAULTS = {
         "row = tl.where(after, middle, row)",
         "packed",
     ),
-    "gradient from another run": ("used = (real & (o <= ahead))", "used = (real & (o <= remaining))", "ids"),
+    "gradient from another run": ("used = real & (o <= ahead)", "used = real & (o <= remaining)", "ids"),
     "derivative of silu": ("g *= silu_derivative(", "g *= silu(", "silu-bias"),
     "final state's gradient": (
         "kept = real & (remaining < WIDTH - 1)",

@@ -47,8 +47,12 @@ def causal_conv1d_update(
     return _update(x, conv_state, weight, bias, state_indices, activation == "silu")
 
 
-class _Call:
-    """What every kernel of one call is told about its tensors, in the order in which it expects it."""
+class Call:
+    """What every kernel of one call is told about its tensors, in the order in which it expects it.
+
+    With an order (directions, seqlen), dense, x has an axis of directions after that of the batch, weight and bias one
+    in front of the others, and there are no states, ids and packed sequences.
+    """
 
     def __init__(
         self,
@@ -58,21 +62,29 @@ class _Call:
         initial: Tensor | None,
         ids: Tensor | None,
         cu_seqlens: Tensor | None,
+        order: Tensor | None = None,
     ):
-        self.batch, self.seqlen, self.dim = x.shape
-        self.width = weight.shape[1]
+        self.batch, self.seqlen, self.dim = x.shape[0], *x.shape[-2:]
+        self.directions = 1 if order is None else order.shape[0]
+        self.width = weight.shape[-1]
         self.bias = None if bias is None else bias.contiguous()
         # States of width 1 hold nothing, and an empty tensor has no address.
         self.initial = initial if initial is not None and initial.shape[2] > 0 else None
-        self.x, self.weight, self.ids, self.cu_seqlens = x, weight, ids, cu_seqlens
+        self.x, self.weight, self.ids, self.cu_seqlens, self.order = x, weight, ids, cu_seqlens, order
         self.sequences = self.batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
         self.acc = _triton.accumulator(x.dtype)
         self.architecture = _triton.architecture(x.device)
         self.i_strides = (0, 0, 0) if self.initial is None else self.initial.stride()
         self.ids_strides = (0, 0) if ids is None else ids.stride()
+        self.w_strides = weight.stride() if order is not None else (0, *weight.stride())
+
+    def strides(self, t: Tensor) -> tuple[int, ...]:
+        """Of batch, directions, tokens and channels of x or a gradient."""
+        batch, *others = t.stride()
+        return (batch, *others) if self.order is not None else (batch, 0, *others)
 
     def tiles(self, config: _triton.Config) -> tuple[int, int]:
-        """Tiles of tokens, and slices of channels."""
+        """Tiles of tokens of one direction, and slices of channels."""
         blocks = -(-self.seqlen // config.blocks["TOKENS"])
         return self.batch * blocks, -(-self.dim // config.blocks["CHANNELS"])
 
@@ -82,7 +94,7 @@ class _Call:
         tiles, slices = self.tiles(config)
         _triton.launch(
             kernels.forward_kernel,
-            (tiles * slices,),
+            (tiles * self.directions * slices,),
             config,
             self.x,
             self.weight,
@@ -90,17 +102,19 @@ class _Call:
             self.initial,
             self.ids,
             self.cu_seqlens,
+            self.order,
             grad_y,
             y,
             self.seqlen,
             self.dim,
             self.sequences,
             self.sequences.bit_length(),
-            *self.x.stride(),
-            *self.weight.stride(),
+            self.directions,
+            *self.strides(self.x),
+            *self.w_strides,
             *self.i_strides,
             *self.ids_strides,
-            *((0, 0, 0) if grad_y is None else grad_y.stride()),
+            *((0, 0, 0, 0) if grad_y is None else self.strides(grad_y)),
             SILU=silu,
             REVERSE=reverse,
             ACC=_triton_math.dtype(self.acc),
@@ -137,13 +151,15 @@ class _Call:
         """Gradients of x, weight and bias, `grad` as backward_kernel wants it."""
         config = kernels.config(self.architecture, self.seqlen, self.dim)
         tiles, slices = self.tiles(config)
-        strips = min(tiles, max(1, _PROGRAMS // max(1, slices)))
+        strips = min(tiles, max(1, _PROGRAMS // max(1, slices * self.directions)))
         grad_x = torch.empty_like(self.x, memory_format=torch.contiguous_format)
         of_weight = self.x.new_empty((strips, *self.weight.shape), dtype=self.acc) if parameters else None
-        of_bias = self.x.new_empty((strips, self.dim), dtype=self.acc) if parameters and self.bias is not None else None
+        of_bias = None
+        if parameters and self.bias is not None:
+            of_bias = self.x.new_empty((strips, *self.bias.shape), dtype=self.acc)
         _triton.launch(
             kernels.backward_kernel,
-            (strips * slices,),
+            (strips * self.directions * slices,),
             config,
             grad,
             grad_final,
@@ -153,6 +169,7 @@ class _Call:
             self.initial,
             self.ids,
             self.cu_seqlens,
+            self.order,
             grad_x,
             of_weight,
             of_bias,
@@ -162,11 +179,12 @@ class _Call:
             self.sequences.bit_length(),
             tiles,
             strips,
-            *self.x.stride(),
-            *self.weight.stride(),
+            self.directions,
+            *self.strides(self.x),
+            *self.w_strides,
             *self.i_strides,
             *self.ids_strides,
-            *grad.stride(),
+            *self.strides(grad),
             *((0, 0, 0) if grad_final is None else grad_final.stride()),
             SILU=silu,
             REVERSE=reverse,
@@ -176,6 +194,14 @@ class _Call:
         )
         of_weight = _triton_math.column_sums(of_weight, self.weight)
         return grad_x, of_weight, _triton_math.column_sums(of_bias, self.weight if self.bias is None else self.bias)
+
+    def before_silu(self, grad_y: Tensor, silu: bool, reverse: bool) -> tuple[Tensor, bool]:
+        """`grad` and `silu` for the backward kernels: wide filters store the gradient of the sums first."""
+        if not silu or self.width <= kernels.WIDEST_RECOMPUTED:
+            return grad_y, silu
+        grad = torch.empty(self.x.shape, dtype=self.acc, device=self.x.device)
+        self.forward(grad, silu, reverse, grad_y)
+        return grad, False
 
     def initial_gradient(self, grad: Tensor, grad_final: Tensor | None, silu: bool, reverse: bool) -> Tensor:
         assert self.initial is not None
@@ -221,7 +247,7 @@ def _forward(
     reverse: bool,
     final: bool,
 ) -> tuple[Tensor, Tensor]:
-    call = _Call(x, weight, bias, initial, ids, cu_seqlens)
+    call = Call(x, weight, bias, initial, ids, cu_seqlens)
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     call.forward(y, silu, reverse)
     return y, call.final_states(reverse) if final else x.new_empty((0,))
@@ -240,13 +266,9 @@ def _backward(
     reverse: bool,
     parameters: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    call = _Call(x, weight, bias, initial, ids, cu_seqlens)
+    call = Call(x, weight, bias, initial, ids, cu_seqlens)
     grad_final = grad_final if grad_final is not None and call.width > 1 else None
-    grad = grad_y
-    if silu and call.width > kernels.WIDEST_RECOMPUTED:
-        grad = torch.empty(x.shape, dtype=call.acc, device=x.device)
-        call.forward(grad, silu, reverse, grad_y)
-        silu = False
+    grad, silu = call.before_silu(grad_y, silu, reverse)
     grad_x, of_weight, of_bias = call.backward(grad, grad_final, silu, reverse, parameters)
     of_initial = x.new_empty((0,) if initial is None else initial.shape)
     if call.initial is not None:

@@ -2,6 +2,8 @@
 
 Everything is said in scan order: from the first token to the last, or with REVERSE from the last to the first.  A token
 knows how many tokens of its own run lie before and after it, as far as a filter reaches; that decides every mask.
+Given `order` (directions, seqlen), every row of the batch is read in several directions, each with filters of its own:
+tokens are then counted along a direction, and only an address asks where in memory they lie.
 """
 
 import triton
@@ -9,7 +11,7 @@ import triton.language as tl
 
 from mmkernels import _triton
 from mmkernels._triton import Config, Specimen
-from mmkernels._triton_math import silu, silu_derivative
+from mmkernels._triton_math import row_offset, silu, silu_derivative
 
 # Above this many taps the backward reads gradients of the sums from memory instead of computing each sum `width` times
 # from the first-level cache: width^2 cached loads against 8 bytes of memory an element.
@@ -68,10 +70,21 @@ def place(token, known, begin, stop, ids, ids_token, REVERSE: tl.constexpr, HIST
 
 
 @triton.jit
+def in_memory(token, known, order):
+    """Where the known tokens lie: as they are counted, or as the order of a direction lists them."""
+    if order is not None:
+        at = tl.load(order + token, known, other=0)
+    else:
+        at = token.to(tl.int64)
+    return at
+
+
+@triton.jit
 def inputs_at(
     x,
     x_token,
     x_channel,
+    order,
     initial,
     i_channel,
     i_tap,
@@ -90,13 +103,13 @@ def inputs_at(
 ):
     """The raw inputs OFFSET tokens after each token, (TOKENS, CHANNELS), where its run or initial state has them.
 
-    `x` and `initial` point to the batch row; `initial` is a column of pointers when every sequence has its own.
+    `x`, `initial` and `order` point to the row; `initial` is a column of pointers when every sequence has its own.
     """
     source = token + OFFSET
     if REVERSE:
         source = token - OFFSET
     has = real & (back + OFFSET >= 0) & (ahead >= OFFSET)
-    at = source.to(tl.int64)[:, None] * x_token + channel[None, :] * x_channel
+    at = in_memory(source, has, order)[:, None] * x_token + channel[None, :] * x_channel
     found = tl.load(x + at, has[:, None] & inside[None, :], other=0.0).to(ACC)
     if initial is not None:
         if OFFSET < 0:
@@ -112,6 +125,7 @@ def sums_at(
     x,
     x_token,
     x_channel,
+    order,
     weight,
     w_channel,
     w_tap,
@@ -140,7 +154,7 @@ def sums_at(
         total += tl.load(bias + channel, inside, other=0.0).to(ACC)[None, :]
     for s in tl.static_range(WIDTH):
         taps = inputs_at(
-            x, x_token, x_channel, initial, i_channel, i_tap, token, channel, inside,
+            x, x_token, x_channel, order, initial, i_channel, i_tap, token, channel, inside,
             position, back, ahead, leading, real, OFFSET - s, REVERSE, WIDTH - 1, ACC,
         )  # fmt: skip
         w = tl.load(weight + channel * w_channel + (WIDTH - 1 - s) * w_tap, inside, other=0.0).to(ACC)
@@ -156,15 +170,19 @@ def forward_kernel(
     initial,
     ids,
     cu_seqlens,
+    order,
     grad_y,
     y,
     seqlen,
     dim,
     sequences,
     steps,
+    directions,
     x_row,
+    x_direction,
     x_token,
     x_channel,
+    w_direction,
     w_channel,
     w_tap,
     i_row,
@@ -173,6 +191,7 @@ def forward_kernel(
     ids_row,
     ids_token,
     g_row,
+    g_direction,
     g_token,
     g_channel,
     SILU: tl.constexpr,
@@ -184,9 +203,9 @@ def forward_kernel(
 ):
     """y; or, given grad_y, the gradient of what goes into silu.
 
-    Grid: (batch * cdiv(seqlen, TOKENS) * cdiv(dim, CHANNELS),), channels innermost.  A program owns TOKENS tokens of
-    CHANNELS channels.  Bytes: x (and grad_y) read once from memory, `width` times from the first-level cache; y
-    written once.
+    Grid: (batch [* directions] * cdiv(seqlen, TOKENS) * cdiv(dim, CHANNELS),), channels innermost.  A program owns
+    TOKENS tokens of CHANNELS channels.  Bytes: x (and grad_y) read once from memory, `width` times from the first-level
+    cache; y written once.
     """
     blocks, slices = tl.cdiv(seqlen, TOKENS), tl.cdiv(dim, CHANNELS)
     program = tl.program_id(0)
@@ -197,23 +216,30 @@ def forward_kernel(
     known = token < seqlen
     if ids is not None:
         ids += batch * ids_row
+    if order is not None:
+        order += batch % directions * seqlen
+        weight += batch % directions * w_direction
+        if bias is not None:
+            bias += batch % directions * dim
     row, begin, stop = sequence_bounds(token, known, cu_seqlens, seqlen, sequences, steps)
     position, _, back, ahead, leading, real = place(token, known, begin, stop, ids, ids_token, REVERSE, WIDTH - 1)
     if initial is not None:
         initial += (batch + row.to(tl.int64))[:, None] * i_row
     total = sums_at(
-        x + batch * x_row, x_token, x_channel, weight, w_channel, w_tap, bias, initial, i_channel, i_tap,
+        x + row_offset(batch, directions, x_row, x_direction, order), x_token, x_channel, order,
+        weight, w_channel, w_tap, bias, initial, i_channel, i_tap,
         token, channel, inside, position, back, ahead, leading, real,
         0, REVERSE, WIDTH, ACC, TOKENS, CHANNELS,
     )  # fmt: skip
     here = known[:, None] & inside[None, :]
+    lies = in_memory(token, known, order)[:, None]
     if grad_y is not None:
-        at = batch * g_row + token.to(tl.int64)[:, None] * g_token + channel[None, :] * g_channel
+        at = row_offset(batch, directions, g_row, g_direction, order) + lies * g_token + channel[None, :] * g_channel
         total = tl.load(grad_y + at, here, other=0.0).to(ACC) * silu_derivative(total)
     else:
         if SILU:
             total = silu(total)
-    at = (batch * seqlen + token)[:, None] * dim + channel[None, :]
+    at = (batch * seqlen + lies) * dim + channel[None, :]
     tl.store(y + at, tl.where(real[:, None], total, 0.0).to(y.dtype.element_ty), here)
 
 
@@ -227,6 +253,7 @@ def backward_kernel(
     initial,
     ids,
     cu_seqlens,
+    order,
     grad_x,
     partial_weight,
     partial_bias,
@@ -236,9 +263,12 @@ def backward_kernel(
     steps,
     tiles,
     strips,
+    directions,
     x_row,
+    x_direction,
     x_token,
     x_channel,
+    w_direction,
     w_channel,
     w_tap,
     i_row,
@@ -247,6 +277,7 @@ def backward_kernel(
     ids_row,
     ids_token,
     g_row,
+    g_direction,
     g_token,
     g_channel,
     f_row,
@@ -263,12 +294,22 @@ def backward_kernel(
     """grad_x, and every program's share of the gradients of weight and bias.
 
     `grad` is the gradient of y, through silu if SILU (its argument is computed again), else of the sums themselves.
-    Grid: (strips * cdiv(dim, CHANNELS),), channels innermost.  A program owns every strips-th tile of TOKENS tokens of
-    its channels, and alone its row of the partial sums (strips, dim, width), (strips, dim).
+    Grid: (strips [* directions] * cdiv(dim, CHANNELS),), channels innermost.  A program owns every strips-th tile of
+    TOKENS tokens of its channels (and direction), and alone its row of the partial sums (strips, [directions,] dim,
+    width), (strips, [directions,] dim).  Each direction has a gradient of x of its own.
     Bytes: grad and x read once from memory, from the first-level cache width (SILU: width^2) times; grad_x written.
     """
     blocks, slices = tl.cdiv(seqlen, TOKENS), tl.cdiv(dim, CHANNELS)
-    strip = tl.program_id(0) // slices
+    share = tl.program_id(0) // slices
+    strip = share
+    direction = share * 0
+    if order is not None:
+        strip = share // directions
+        direction = share % directions
+        order += direction.to(tl.int64) * seqlen
+        weight += direction.to(tl.int64) * w_direction
+        if bias is not None:
+            bias += direction.to(tl.int64) * dim
     channel = (tl.program_id(0) % slices) * CHANNELS + tl.arange(0, CHANNELS).to(tl.int64)
     inside = channel < dim
     tap = tl.arange(0, TAPS)
@@ -276,6 +317,8 @@ def backward_kernel(
     of_bias = tl.zeros((CHANNELS,), ACC)
     for tile in range(strip, tiles, strips):
         batch = (tile // blocks).to(tl.int64)
+        if order is not None:
+            batch = batch * directions + direction
         token = (tile % blocks) * TOKENS + tl.arange(0, TOKENS)
         known = token < seqlen
         row_ids = ids
@@ -288,19 +331,21 @@ def backward_kernel(
         row_initial = initial
         if initial is not None:
             row_initial = initial + (batch + row.to(tl.int64))[:, None] * i_row
-        row_x = x + batch * x_row
+        row_x = x + row_offset(batch, directions, x_row, x_direction, order)
+        row_grad = grad + row_offset(batch, directions, g_row, g_direction, order)
         total = tl.zeros((TOKENS, CHANNELS), ACC)
         for o in tl.static_range(WIDTH):
             user = token + o
             if REVERSE:
                 user = token - o
-            used = (real & (o <= ahead))[:, None] & inside[None, :]
-            at = batch * g_row + user.to(tl.int64)[:, None] * g_token + channel[None, :] * g_channel
-            g = tl.load(grad + at, used, other=0.0).to(ACC)
+            used = real & (o <= ahead)
+            at = in_memory(user, used, order)[:, None] * g_token + channel[None, :] * g_channel
+            g = tl.load(row_grad + at, used[:, None] & inside[None, :], other=0.0).to(ACC)
             if SILU:
                 g *= silu_derivative(
                     sums_at(
-                        row_x, x_token, x_channel, weight, w_channel, w_tap, bias, row_initial, i_channel, i_tap,
+                        row_x, x_token, x_channel, order,
+                        weight, w_channel, w_tap, bias, row_initial, i_channel, i_tap,
                         token, channel, inside, position, back, ahead, leading, real,
                         o, REVERSE, WIDTH, ACC, TOKENS, CHANNELS,
                     )
@@ -311,7 +356,7 @@ def backward_kernel(
                 if partial_weight is not None:
                     for s in tl.static_range(WIDTH):
                         taps = inputs_at(
-                            row_x, x_token, x_channel, row_initial, i_channel, i_tap, token, channel, inside,
+                            row_x, x_token, x_channel, order, row_initial, i_channel, i_tap, token, channel, inside,
                             position, back, ahead, leading, real, -s, REVERSE, WIDTH - 1, ACC,
                         )  # fmt: skip
                         of_weight += tl.where(tap[:, None] == WIDTH - 1 - s, tl.sum(g * taps, 0)[None, :], 0.0)
@@ -322,13 +367,13 @@ def backward_kernel(
             at = channel[None, :] * f_channel + (WIDTH - 2 - remaining).to(tl.int64)[:, None] * f_tap
             at += (batch + row.to(tl.int64))[:, None] * f_row
             total += tl.load(grad_final + at, kept[:, None] & inside[None, :], other=0.0).to(ACC)
-        at = (batch * seqlen + token)[:, None] * dim + channel[None, :]
+        at = (batch * seqlen + in_memory(token, known, order))[:, None] * dim + channel[None, :]
         tl.store(grad_x + at, total.to(grad_x.dtype.element_ty), known[:, None] & inside[None, :])
     if partial_weight is not None:
-        at = (strip.to(tl.int64) * dim + channel)[None, :] * WIDTH + tap[:, None]
+        at = (share.to(tl.int64) * dim + channel)[None, :] * WIDTH + tap[:, None]
         tl.store(partial_weight + at, of_weight, (tap < WIDTH)[:, None] & inside[None, :])
     if partial_bias is not None:
-        tl.store(partial_bias + strip.to(tl.int64) * dim + channel, of_bias, inside)
+        tl.store(partial_bias + share.to(tl.int64) * dim + channel, of_bias, inside)
 
 
 def config(architecture: str, seqlen: int, dim: int) -> Config:
@@ -339,7 +384,7 @@ def config(architecture: str, seqlen: int, dim: int) -> Config:
 
 
 def specimens(architecture: str) -> list[Specimen]:
-    """What is compiled ahead of time: Mamba-2, mmMamba with states, packed sequences of both kinds, a wide filter."""
+    """What is compiled ahead of time: Mamba-2, mmMamba with states, packed sequences, a wide filter, a grid's scans."""
     found = []
     for label, pointer, width, extras in (
         ("Mamba-2 bf16", "*bf16", 4, ()),
@@ -347,13 +392,20 @@ def specimens(architecture: str) -> list[Specimen]:
         ("ids bf16 states", "*bf16", 4, ("ids", "initial", "grad_final")),
         ("packed bf16 states", "*bf16", 4, ("cu_seqlens", "initial", "grad_final")),
         ("wide fp32", "*fp32", 9, ()),
+        ("scans bf16", "*bf16", 4, ("order",)),
     ):
         recomputed = width <= WIDEST_RECOMPUTED
         types = dict.fromkeys(("x", "weight", "bias", "initial", "grad_final", "grad_y", "y", "grad_x"), pointer)
-        types |= {"ids": "*i32", "cu_seqlens": "*i32", "partial_weight": "*fp32", "partial_bias": "*fp32"}
+        types |= {
+            "ids": "*i32",
+            "cu_seqlens": "*i32",
+            "order": "*i64",
+            "partial_weight": "*fp32",
+            "partial_bias": "*fp32",
+        }
         types["grad"] = pointer if recomputed else "*fp32"
         constants = {"REVERSE": False, "ACC": tl.float32, "WIDTH": width, "x_channel": 1, "g_channel": 1, "w_tap": 1}
-        constants |= {n: None for n in ("initial", "ids", "cu_seqlens", "grad_final") if n not in extras}
+        constants |= {n: None for n in ("initial", "ids", "cu_seqlens", "order", "grad_final") if n not in extras}
         tile = config(architecture, 2048, 1536)
         found.append(Specimen(label, forward_kernel, types, tile, {**constants, "SILU": True, "grad_y": None}))
         taps = {"SILU": recomputed, "TAPS": _triton.bucket(width)}

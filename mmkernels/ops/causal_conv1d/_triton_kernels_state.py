@@ -136,7 +136,7 @@ def initial_gradient_kernel(
     if SILU:
         g *= silu_derivative(
             sums_at(
-                x + wide_batch * x_row, x_token, x_channel, weight, w_channel, w_tap, bias,
+                x + wide_batch * x_row, x_token, x_channel, None, weight, w_channel, w_tap, bias,
                 initial + wide_row * i_row, i_channel, i_tap,
                 token, channel, inside, position, back, ahead, leading, real,
                 0, REVERSE, WIDTH, ACC, ENTRIES, CHANNELS,

@@ -131,7 +131,8 @@ def register_merge(inference: Any, fwd: Any, bwd: Any) -> None:
         return fake(y), y.new_empty((*y.shape[:-1], y.shape[-1] // group_size), dtype=_work(y))
 
     def bwd_fake(grad_out: Tensor, y: Tensor, weight: Tensor, z: Tensor | None, *_: Any) -> tuple[Tensor, ...]:
-        return y.new_empty(y.shape), weight.new_empty(weight.shape), y.new_empty((0,) if z is None else z.shape)
+        of_z = y.new_empty((0,)) if z is None else z.new_empty(z.shape)
+        return y.new_empty(y.shape), weight.new_empty(weight.shape), of_z
 
     def fwd_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         y, weight, z, *ctx.options = inputs

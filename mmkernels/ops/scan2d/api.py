@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from mmkernels import _triton
 from mmkernels._checks import Sizes, floating, same_device, same_dtype
 from mmkernels._dispatch import NATIVE_PROBE, Backend, Op
 from mmkernels._gradients import untracked_transform
@@ -28,6 +29,7 @@ def scan_op(name: str, key: str, module: str = "api") -> Op:
         public=f"{_HERE}.{module}.{name}",
         backends=[
             Backend("native", f"{_HERE}._native:{name}", ("cpu",), untracked_transform, NATIVE_PROBE),
+            Backend("triton", f"{_HERE}._triton:{name}", _triton.DEVICES, _triton.objections, _triton.PROBE),
             Backend("torch", f"{_HERE}._torch:{name}"),
             Backend("reference", f"{_HERE}.reference:{name}"),
         ],

@@ -133,19 +133,19 @@ def order_of(scan: Scan, height: int, width: int, device: torch.device | str) ->
     return torch.tensor(_cells(scan.kind, scan.window, scan.reverse, height, width), dtype=torch.int64, device=device)
 
 
-_known_orders: dict[tuple[tuple[Scan, ...], int, int], Tensor] = {}
+_known_orders: dict[tuple[tuple[Scan, ...], int, int, str], Tensor] = {}
 
 
-def orders_of(scans: tuple[Scan, ...], height: int, width: int) -> Tensor:
-    """The permutations of several scans as one (K, seqlen) int64 tensor on the CPU, remembered; do not write to it."""
+def orders_of(scans: tuple[Scan, ...], height: int, width: int, device: torch.device | str = "cpu") -> Tensor:
+    """The permutations of several scans as one (K, seqlen) int64 tensor, remembered; do not write to it."""
     if torch.compiler.is_compiling():
-        return torch.stack([order_of(scan, height, width, "cpu") for scan in scans])
-    key = (scans, height, width)
+        return torch.stack([order_of(scan, height, width, device) for scan in scans])
+    key = (scans, height, width, str(device))
     if key not in _known_orders:
         if len(_known_orders) >= 256:
             _known_orders.clear()
         with torch.inference_mode(False):  # so that autograd may save it later
-            made = torch.stack([order_of(scan, height, width, "cpu") for scan in scans])
+            made = torch.stack([order_of(scan, height, width, device) for scan in scans])
         if type(made) is not Tensor:  # a fake one, made while somebody traces without torch.compile
             return made
         _known_orders[key] = made

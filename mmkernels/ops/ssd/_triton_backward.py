@@ -13,8 +13,7 @@ from mmkernels.ops.ssd._triton_forward import clocks, scan, states
 def backward(call: Call, grad_y: Tensor, grad_final: Tensor | None, initial: Tensor | None) -> tuple[Tensor, ...]:
     """Gradients of x, dt, A, B, C, D, z, dt_bias, initial_states; empty for what was not given."""
     x, plan, acc = call.x, call.plan, call.acc
-    batch, seqlen, heads, headdim = x.shape
-    groups, dstate = call.B.shape[2:]
+    seqlen, heads, headdim, groups, dstate = call.seqlen, call.heads, call.headdim, call.groups, call.dstate
     per_group = heads // groups
     grad_y = dense(grad_y)
     clock = clocks(call)
@@ -31,9 +30,9 @@ def backward(call: Call, grad_y: Tensor, grad_final: Tensor | None, initial: Ten
     grad_x = x.new_empty(x.shape)
     grad_dt = call.dt.new_empty(call.dt.shape)
     # One block of heads writes the gradient itself, several write shares of it.
-    shape = (blocks, batch, seqlen, groups, dstate)
+    shape = (blocks, *call.B.shape)
     of_B, of_C = (x.new_empty(shape, dtype=x.dtype if blocks == 1 else acc) for _ in range(2))
-    shares = x.new_empty((4, heads, batch * seqlen), dtype=acc)
+    shares = x.new_empty((4, heads, call.tokens), dtype=acc)
     across = x.new_empty((plan.chunks, heads), dtype=acc)
     grad_A, grad_bias = x.new_zeros((2, plan.chunks, heads), dtype=torch.float64)
     grad_D = None if call.D is None else x.new_zeros((plan.chunks, heads, headdim), dtype=acc)
@@ -48,6 +47,7 @@ def backward(call: Call, grad_y: Tensor, grad_final: Tensor | None, initial: Ten
         call.D,
         call.ids,
         call.cu_seqlens,
+        call.order,
         plan.span_row,
         plan.first_span,
         clock,
@@ -67,10 +67,11 @@ def backward(call: Call, grad_y: Tensor, grad_final: Tensor | None, initial: Ten
         per_group,
         headdim,
         dstate,
-        *grad_y.stride()[:3],
-        *x.stride()[:3],
-        *call.B.stride()[:3],
-        *call.C.stride()[:3],
+        call.directions,
+        *call.strides(grad_y),
+        *call.strides(x),
+        *call.strides(call.B),
+        *call.strides(call.C),
         *call.skip_strides,
         *call.ids_strides,
         EVERY=plan.every,
@@ -88,6 +89,7 @@ def backward(call: Call, grad_y: Tensor, grad_final: Tensor | None, initial: Ten
         call.C,
         call.ids,
         call.cu_seqlens,
+        call.order,
         plan.span_row,
         plan.first_span,
         clock,
@@ -106,10 +108,11 @@ def backward(call: Call, grad_y: Tensor, grad_final: Tensor | None, initial: Ten
         headdim,
         dstate,
         of_B.stride(0),
-        *grad_y.stride()[:3],
-        *x.stride()[:3],
-        *call.B.stride()[:3],
-        *call.C.stride()[:3],
+        call.directions,
+        *call.strides(grad_y),
+        *call.strides(x),
+        *call.strides(call.B),
+        *call.strides(call.C),
         *call.ids_strides,
         EVERY=plan.every,
         TILES=-(-headdim // config.blocks["BP"]),
@@ -125,6 +128,7 @@ def backward(call: Call, grad_y: Tensor, grad_final: Tensor | None, initial: Ten
         call.dt_bias,
         call.ids,
         call.cu_seqlens,
+        call.order,
         plan.span_row,
         plan.first_span,
         clock,
@@ -140,7 +144,8 @@ def backward(call: Call, grad_y: Tensor, grad_final: Tensor | None, initial: Ten
         plan.spans,
         plan.tokens,
         heads,
-        *call.dt.stride(),
+        call.directions,
+        *call.strides(call.dt),
         *call.ids_strides,
         EVERY=plan.every,
         **call.step_options,
@@ -148,19 +153,27 @@ def backward(call: Call, grad_y: Tensor, grad_final: Tensor | None, initial: Ten
     )
     of_D = None
     if grad_D is not None:
-        of_D = grad_D.sum(0, dtype=torch.float64)
-        of_D = of_D if call.D is None or call.D.dim() == 2 else of_D.sum(1)
+        of_D = _over_chunks(call, grad_D)
+        of_D = of_D if call.D is None or call.D.dim() == of_D.dim() else of_D.sum(-1)
     return (
         grad_x,
         grad_dt,
-        _typed(grad_A.sum(0), call.A, x.device),
+        _typed(_over_chunks(call, grad_A), call.A, x.device),
         of_B[0] if blocks == 1 else of_B.sum(0).to(x.dtype),
         of_C[0] if blocks == 1 else of_C.sum(0).to(x.dtype),
         _typed(of_D, call.D, x.device),
         x.new_empty((0,)) if grad_z is None else grad_z,
-        _typed(grad_bias.sum(0), call.dt_bias, x.device),
+        _typed(_over_chunks(call, grad_bias), call.dt_bias, x.device),
         x.new_empty((0,)) if grad_initial is None else grad_initial,
     )
+
+
+def _over_chunks(call: Call, shares: Tensor) -> Tensor:
+    """Add (chunks, ...) up, in float64 and a fixed order; with directions, what each of them has for itself."""
+    if call.order is None:
+        return shares.sum(0, dtype=torch.float64)
+    own = call.plan.spans * call.plan.every
+    return shares.view(call.x.shape[0], call.directions, own, *shares.shape[1:]).sum((0, 2), dtype=torch.float64)
 
 
 def _typed(grad: Tensor | None, given: Tensor | None, device: torch.device) -> Tensor:

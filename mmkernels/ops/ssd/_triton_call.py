@@ -17,7 +17,7 @@ class Plan:
     """Rows, spans and chunks of one call.
 
     Args:
-        rows: states: elements of the batch, or packed sequences.
+        rows: states: elements of the batch, packed sequences, or elements of the batch times directions.
         every: chunks of a span; the state is stored once a span.
         tokens: of a chunk.
         spans: of each row; of a packed call, an upper bound for all rows together.
@@ -137,7 +137,11 @@ def sizes(
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """What every kernel of a call gets.  x, B, C and z are dense along their last axis."""
+    """What every kernel of a call gets.  x, B, C and z are dense along their last axis.
+
+    With an order (directions, seqlen), x, dt, B and C have an axis of directions after that of the batch, A, D and
+    dt_bias one in front of the others; there are no ids, packed sequences and gate.
+    """
 
     x: Tensor
     dt: Tensor
@@ -149,10 +153,45 @@ class Call:
     dt_bias: Tensor | None
     ids: Tensor | None
     cu_seqlens: Tensor | None
+    order: Tensor | None
     plan: Plan
     sizes: Sizes
     step_options: dict[str, Any]
     options: dict[str, Any]
+
+    @property
+    def seqlen(self) -> int:
+        return self.x.shape[-3]
+
+    @property
+    def heads(self) -> int:
+        return self.x.shape[-2]
+
+    @property
+    def headdim(self) -> int:
+        return self.x.shape[-1]
+
+    @property
+    def groups(self) -> int:
+        return self.B.shape[-2]
+
+    @property
+    def dstate(self) -> int:
+        return self.B.shape[-1]
+
+    @property
+    def directions(self) -> int:
+        return 1 if self.order is None else self.order.shape[0]
+
+    @property
+    def tokens(self) -> int:
+        """Of all elements of the batch and all directions."""
+        return self.x.shape[:-2].numel()
+
+    def strides(self, t: Tensor) -> tuple[int, int, int, int]:
+        """Of batch, directions, tokens and heads (or groups) of x, dt, B, C or a gradient."""
+        batch, *directions, token, head = t.stride()[: self.x.dim() - 1]
+        return batch, directions[0] if directions else 0, token, head
 
     @property
     def ids_strides(self) -> tuple[int, ...]:
@@ -163,10 +202,12 @@ class Call:
         return (0, 0, 0) if self.z is None else self.z.stride()[:3]
 
     @property
-    def skip_strides(self) -> tuple[int, int]:
+    def skip_strides(self) -> tuple[int, int, int]:
+        """Of directions, heads and channels of D."""
         if self.D is None:
-            return 0, 0
-        return self.D.stride(0), self.D.stride(1) if self.D.dim() == 2 else 0
+            return 0, 0, 0
+        direction, *own = self.D.stride() if self.order is not None else (0, *self.D.stride())
+        return direction, own[0], own[1] if len(own) == 2 else 0
 
     @property
     def acc(self) -> torch.dtype:
@@ -194,14 +235,15 @@ def prepare(
     chunk_size: int,
     reverse: bool,
     *,
+    order: Tensor | None = None,
     backward: bool = False,
 ) -> Call:
-    """The call with its plan and its block sizes."""
+    """The call with its plan and its block sizes; `order` is dense."""
     from mmkernels import _triton_math
 
-    batch, seqlen, heads, headdim = x.shape
+    seqlen, heads, headdim = x.shape[-3:]
     where = _triton.architecture(x.device)
-    chosen = sizes(where, x.dtype, heads, B.shape[2], headdim, B.shape[3], seqlen, chunk_size, backward)
+    chosen = sizes(where, x.dtype, heads, B.shape[-2], headdim, B.shape[-1], seqlen, chunk_size, backward)
     return Call(
         x=dense(x),
         dt=dt,
@@ -213,7 +255,8 @@ def prepare(
         dt_bias=None if dt_bias is None else dt_bias.contiguous(),
         ids=ids,
         cu_seqlens=None if cu_seqlens is None else cu_seqlens.contiguous(),
-        plan=plan(batch, seqlen, cu_seqlens, chosen.tokens, chosen.every),
+        order=order,
+        plan=plan(x.shape[:-3].numel(), seqlen, cu_seqlens, chosen.tokens, chosen.every),
         sizes=chosen,
         step_options={"SOFTPLUS": softplus, "LOW": limit[0], "HIGH": limit[1]},
         options={"REVERSE": reverse, "ACC": _triton_math.dtype(_triton.accumulator(x.dtype))},

@@ -16,8 +16,7 @@ def states(
     plan = call.plan
     if edge_out is None and edge is None and (plan.spans <= 1):
         return None
-    x = call.x
-    heads, headdim, dstate = x.shape[2], x.shape[3], call.B.shape[3]
+    x, heads, headdim, dstate = call.x, call.heads, call.headdim, call.dstate
     kept = x.new_empty((plan.total, heads, headdim, dstate))
     config = call.sizes.states
     u, v = (x, call.B) if gradient is None else (gradient, call.C)
@@ -30,6 +29,7 @@ def states(
         v,
         call.ids,
         call.cu_seqlens,
+        call.order,
         plan.first_span,
         clock,
         edge,
@@ -37,15 +37,16 @@ def states(
         edge_out,
         clock.stride(0),
         clock.stride(1),
-        x.shape[1],
+        call.seqlen,
         plan.spans,
         plan.span,
         heads,
-        heads // call.B.shape[2],
+        heads // call.groups,
         headdim,
         dstate,
-        *u.stride()[:3],
-        *v.stride()[:3],
+        call.directions,
+        *call.strides(u),
+        *call.strides(v),
         *call.ids_strides,
         GRADIENT=gradient is not None,
         **call.options,
@@ -54,10 +55,9 @@ def states(
 
 
 def clocks(call: Call) -> Tensor:
-    """(3, heads, batch * seqlen): step sizes, and sums of A dt since the start of the span as two numbers."""
-    x, plan, config = call.x, call.plan, call.sizes.steps
-    batch, seqlen, heads = x.shape[:3]
-    made = x.new_empty((3, heads, batch * seqlen), dtype=call.acc)
+    """(3, heads, tokens): step sizes, and sums of A dt since the start of the span as two numbers, in scan order."""
+    plan, config, heads = call.plan, call.sizes.steps, call.heads
+    made = call.x.new_empty((3, heads, call.tokens), dtype=call.acc)
     _triton.launch(
         kernels_steps.steps_kernel,
         (plan.total * -(-heads // config.blocks["HEADS"]),),
@@ -67,17 +67,19 @@ def clocks(call: Call) -> Tensor:
         call.dt_bias,
         call.ids,
         call.cu_seqlens,
+        call.order,
         plan.span_row,
         plan.first_span,
         made,
         made.stride(0),
         made.stride(1),
         plan.rows,
-        seqlen,
+        call.seqlen,
         plan.spans,
         plan.span,
         heads,
-        *call.dt.stride(),
+        call.directions,
+        *call.strides(call.dt),
         *call.ids_strides,
         **call.step_options,
         **call.options,
@@ -98,7 +100,7 @@ def scan(
 ) -> None:
     """Write y; or with a gradient of y those of z and, to y, of what the gate multiplies."""
     x, plan, config = call.x, call.plan, call.sizes.scan
-    heads, headdim, dstate, groups = x.shape[2], x.shape[3], call.B.shape[3], call.B.shape[2]
+    heads, headdim, dstate = call.heads, call.headdim, call.dstate
     tiles = -(-headdim // config.blocks["BP"])
     _triton.launch(
         kernels.scan_kernel,
@@ -112,6 +114,7 @@ def scan(
         call.D,
         call.ids,
         call.cu_seqlens,
+        call.order,
         plan.span_row,
         plan.first_span,
         clock,
@@ -121,18 +124,19 @@ def scan(
         clock.stride(0),
         clock.stride(1),
         plan.rows,
-        x.shape[1],
+        call.seqlen,
         plan.spans,
         plan.tokens,
         heads,
-        heads // groups,
+        heads // call.groups,
         headdim,
         dstate,
-        *x.stride()[:3],
+        call.directions,
+        *call.strides(x),
         *call.z_strides,
         *((0, 0, 0) if grad_y is None else grad_y.stride()[:3]),
-        *call.B.stride()[:3],
-        *call.C.stride()[:3],
+        *call.strides(call.B),
+        *call.strides(call.C),
         *call.skip_strides,
         *call.ids_strides,
         EVERY=plan.every,

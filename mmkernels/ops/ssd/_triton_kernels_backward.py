@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from mmkernels._triton import Specimen
-from mmkernels._triton_math import dot
+from mmkernels._triton_math import dot, row_offset
 from mmkernels.ops.ssd._triton_kernels_steps import (
     bounds_of,
     fading,
@@ -30,6 +30,7 @@ def inputs_kernel(
     D,
     ids,
     cu_seqlens,
+    order,
     span_row,
     first_span,
     clocks,
@@ -49,18 +50,24 @@ def inputs_kernel(
     per_group,
     headdim,
     dstate,
+    directions,
     dy_batch,
+    dy_direction,
     dy_token,
     dy_head,
     x_batch,
+    x_direction,
     x_token,
     x_head,
     B_batch,
+    B_direction,
     B_token,
     B_group,
     C_batch,
+    C_direction,
     C_token,
     C_group,
+    D_direction,
     D_head,
     D_channel,
     ids_batch,
@@ -97,23 +104,27 @@ def inputs_kernel(
     if here >= end - start:
         return
 
-    B += batch * B_batch + group * B_group
-    C += batch * C_batch + group * C_group
+    B += row_offset(batch, directions, B_batch, B_direction, order) + group * B_group
+    C += row_offset(batch, directions, C_batch, C_direction, order) + group * C_group
+    if order is not None:
+        order += batch % directions * seqlen
+        if D is not None:
+            D += batch % directions * D_direction
     if ids is not None:
         ids += batch * ids_batch
-    token, inside = tokens_at(here, tokens, start, end, TOKENS, REVERSE)
+    clock_at, token, inside = tokens_at(here, tokens, start, end, order, TOKENS, REVERSE)
     live = without_padding(inside, ids, ids_token, token)
     lane = tl.arange(0, TOKENS)
     causal = lane[:, None] >= lane[None, :]
-    x += batch * x_batch + head * x_head
-    dy += batch * dy_batch + head * dy_head
+    x += row_offset(batch, directions, x_batch, x_direction, order) + head * x_head
+    dy += row_offset(batch, directions, dy_batch, dy_direction, order) + head * dy_head
     clock = clocks + head * width + batch * seqlen
-    high = tl.load(clock + plane + token, inside, other=0.0)
-    low = tl.load(clock + 2 * plane + token, inside, other=0.0)
-    step = tl.load(clock + token, inside, other=0.0)
-    high_in, low_in = sums_before(clock, plane, here, start, end, entered, REVERSE)
+    high = tl.load(clock + plane + clock_at, inside, other=0.0)
+    low = tl.load(clock + 2 * plane + clock_at, inside, other=0.0)
+    step = tl.load(clock + clock_at, inside, other=0.0)
+    high_in, low_in = sums_before(clock, plane, here, start, entered)
     stop = tl.minimum(here + tokens, end - start)
-    high_out, low_out = sums_before(clock, plane, stop, start, end, entered, REVERSE)
+    high_out, low_out = sums_before(clock, plane, stop, start, entered)
     grown = fading(high - high_in, low - low_in)
     left = fading(high_out - high, low_out - low)
     decays = fading(high[:, None] - high[None, :], low[:, None] - low[None, :])
@@ -163,8 +174,8 @@ def inputs_kernel(
                     at_token = entered
                     for _ in range(0, part):
                         state = pass_over(
-                            state, x, x_token, B, B_token, ids, ids_token, clock, plane,
-                            entered, at_token, tokens, start, end, p, has_p, n, has_n, False, REVERSE, ACC, TOKENS,
+                            state, x, x_token, B, B_token, ids, ids_token, clock, plane, entered, at_token,
+                            tokens, start, end, order, p, has_p, n, has_n, False, REVERSE, ACC, TOKENS,
                         )  # fmt: skip
                         at_token += tokens
                 if states is not None or EVERY > 1:
@@ -177,8 +188,8 @@ def inputs_kernel(
                     at_token = entered + (EVERY - 1) * tokens
                     for _ in range(part + 1, EVERY):
                         of_state = pass_over(
-                            of_state, dy, dy_token, C, C_token, ids, ids_token, clock, plane,
-                            entered, at_token, tokens, start, end, p, has_p, n, has_n, True, REVERSE, ACC, TOKENS,
+                            of_state, dy, dy_token, C, C_token, ids, ids_token, clock, plane, entered, at_token,
+                            tokens, start, end, order, p, has_p, n, has_n, True, REVERSE, ACC, TOKENS,
                         )  # fmt: skip
                         at_token -= tokens
                 if grad_states is not None or EVERY > 1:
@@ -200,7 +211,7 @@ def inputs_kernel(
     # w_k sums the terms that decay across token k, never differences of larger sums.
     crossing = tl.cumsum(products * mixing * step[None, :], 0, reverse=True)
     crossed = tl.sum(tl.where(lane[None, :] < lane[:, None], crossing, 0.0), 1)
-    share = shares + head * width + batch * seqlen + token
+    share = shares + head * width + batch * seqlen + clock_at
     tl.store(share, of_step, inside)
     tl.store(share + plane, crossed, inside)
     tl.store(share + 2 * plane, after, inside)
@@ -217,6 +228,7 @@ def keys_kernel(
     C,
     ids,
     cu_seqlens,
+    order,
     span_row,
     first_span,
     clocks,
@@ -235,16 +247,21 @@ def keys_kernel(
     headdim,
     dstate,
     block_stride,
+    directions,
     dy_batch,
+    dy_direction,
     dy_token,
     dy_head,
     x_batch,
+    x_direction,
     x_token,
     x_head,
     B_batch,
+    B_direction,
     B_token,
     B_group,
     C_batch,
+    C_direction,
     C_token,
     C_group,
     ids_batch,
@@ -286,11 +303,15 @@ def keys_kernel(
         return
 
     has_n = n < dstate
-    B += batch * B_batch + group * B_group
-    C += batch * C_batch + group * C_group
+    B += row_offset(batch, directions, B_batch, B_direction, order) + group * B_group
+    C += row_offset(batch, directions, C_batch, C_direction, order) + group * C_group
+    x += row_offset(batch, directions, x_batch, x_direction, order)
+    dy += row_offset(batch, directions, dy_batch, dy_direction, order)
+    if order is not None:
+        order += batch % directions * seqlen
     if ids is not None:
         ids += batch * ids_batch
-    token, inside = tokens_at(here, tokens, start, end, TOKENS, REVERSE)
+    clock_at, token, inside = tokens_at(here, tokens, start, end, order, TOKENS, REVERSE)
     live = without_padding(inside, ids, ids_token, token)
     lane = tl.arange(0, TOKENS)
     causal = lane[:, None] >= lane[None, :]
@@ -301,15 +322,15 @@ def keys_kernel(
 
     for shared in tl.range(0, min(per_group - block * HEADS, HEADS), disable_licm=True):
         head = group * per_group + block * HEADS + shared
-        xs = x + batch * x_batch + head * x_head
-        dys = dy + batch * dy_batch + head * dy_head
+        xs = x + head * x_head
+        dys = dy + head * dy_head
         clock = clocks + head * width + batch * seqlen
-        high = tl.load(clock + plane + token, inside, other=0.0)
-        low = tl.load(clock + 2 * plane + token, inside, other=0.0)
-        step = tl.load(clock + token, inside, other=0.0)
-        high_in, low_in = sums_before(clock, plane, here, start, end, entered, REVERSE)
+        high = tl.load(clock + plane + clock_at, inside, other=0.0)
+        low = tl.load(clock + 2 * plane + clock_at, inside, other=0.0)
+        step = tl.load(clock + clock_at, inside, other=0.0)
+        high_in, low_in = sums_before(clock, plane, here, start, entered)
         stop = tl.minimum(here + tokens, end - start)
-        high_out, low_out = sums_before(clock, plane, stop, start, end, entered, REVERSE)
+        high_out, low_out = sums_before(clock, plane, stop, start, entered)
         grown = fading(high - high_in, low - low_in)
         left = fading(high_out - high, low_out - low)
         decays = fading(high[:, None] - high[None, :], low[:, None] - low[None, :])
@@ -329,8 +350,8 @@ def keys_kernel(
                     at_token = entered
                     for _ in range(0, part):
                         state = pass_over(
-                            state, xs, x_token, B, B_token, ids, ids_token, clock, plane,
-                            entered, at_token, tokens, start, end, p, has_p, n, has_n, False, REVERSE, ACC, TOKENS,
+                            state, xs, x_token, B, B_token, ids, ids_token, clock, plane, entered, at_token,
+                            tokens, start, end, order, p, has_p, n, has_n, False, REVERSE, ACC, TOKENS,
                         )  # fmt: skip
                         at_token += tokens
             of_y = tl.load(dys + token[:, None] * dy_token + p[None, :], valued, other=0.0)
@@ -347,8 +368,8 @@ def keys_kernel(
                     at_token = entered + (EVERY - 1) * tokens
                     for _ in range(part + 1, EVERY):
                         of_state = pass_over(
-                            of_state, dys, dy_token, C, C_token, ids, ids_token, clock, plane,
-                            entered, at_token, tokens, start, end, p, has_p, n, has_n, True, REVERSE, ACC, TOKENS,
+                            of_state, dys, dy_token, C, C_token, ids, ids_token, clock, plane, entered, at_token,
+                            tokens, start, end, order, p, has_p, n, has_n, True, REVERSE, ACC, TOKENS,
                         )  # fmt: skip
                         at_token -= tokens
                 weighted = rounded(value.to(ACC) * (left * step)[:, None], value.dtype)

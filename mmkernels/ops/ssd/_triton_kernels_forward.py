@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from mmkernels._triton import Specimen
-from mmkernels._triton_math import dot, silu, silu_derivative
+from mmkernels._triton_math import dot, row_offset, silu, silu_derivative
 from mmkernels.ops.ssd._triton_kernels_steps import (
     bounds_of,
     fading,
@@ -26,6 +26,7 @@ def states_kernel(
     v,
     ids,
     cu_seqlens,
+    order,
     first_span,
     clocks,
     edge_in,
@@ -40,10 +41,13 @@ def states_kernel(
     per_group,
     headdim,
     dstate,
+    directions,
     u_batch,
+    u_direction,
     u_token,
     u_head,
     v_batch,
+    v_direction,
     v_token,
     v_group,
     ids_batch,
@@ -74,8 +78,10 @@ def states_kernel(
 
     batch, start, end = bounds_of(row, cu_seqlens, seqlen)
     group = head // per_group
-    u += batch * u_batch + head * u_head
-    v += batch * v_batch + group * v_group
+    u += row_offset(batch, directions, u_batch, u_direction, order) + head * u_head
+    v += row_offset(batch, directions, v_batch, v_direction, order) + group * v_group
+    if order is not None:
+        order += batch % directions * seqlen
     clock = clocks + head * width + batch * seqlen
     if ids is not None:
         ids += batch * ids_batch
@@ -112,6 +118,7 @@ def states_kernel(
             span,
             start,
             end,
+            order,
             p,
             has_p,
             n,
@@ -135,6 +142,7 @@ def scan_kernel(
     D,
     ids,
     cu_seqlens,
+    order,
     span_row,
     first_span,
     clocks,
@@ -151,7 +159,9 @@ def scan_kernel(
     per_group,
     headdim,
     dstate,
+    directions,
     x_batch,
+    x_direction,
     x_token,
     x_head,
     z_batch,
@@ -161,11 +171,14 @@ def scan_kernel(
     dy_token,
     dy_head,
     B_batch,
+    B_direction,
     B_token,
     B_group,
     C_batch,
+    C_direction,
     C_token,
     C_group,
+    D_direction,
     D_head,
     D_channel,
     ids_batch,
@@ -182,6 +195,7 @@ def scan_kernel(
 
       v_i = e^{s_i} R C_i + sum_{j <= i} (C_i . B_j) e^{s_i - s_j} dt_j x_j + D x_i
       y = v silu(z)    or    of_gate = dy v silu'(z) and y = dy silu(z), the gradients of z and of v
+    Directions of a grid have no gate: it is applied when they are merged.
     Grid: (chunks * heads * tiles of channels,), chunks slowest.
     """
     tiles = tl.cdiv(headdim, BP)
@@ -202,12 +216,16 @@ def scan_kernel(
 
     p = tile * BP + tl.arange(0, BP)
     has_p = p < headdim
-    x += batch * x_batch + head * x_head
-    B += batch * B_batch + group * B_group
-    C += batch * C_batch + group * C_group
+    x += row_offset(batch, directions, x_batch, x_direction, order) + head * x_head
+    B += row_offset(batch, directions, B_batch, B_direction, order) + group * B_group
+    C += row_offset(batch, directions, C_batch, C_direction, order) + group * C_group
+    if order is not None:
+        order += batch % directions * seqlen
+        if D is not None:
+            D += batch % directions * D_direction
     if ids is not None:
         ids += batch * ids_batch
-    token, inside = tokens_at(here, tokens, start, end, TOKENS, REVERSE)
+    clock_at, token, inside = tokens_at(here, tokens, start, end, order, TOKENS, REVERSE)
     live = without_padding(inside, ids, ids_token, token)
     valued = live[:, None] & has_p[None, :]
     clock = clocks + head * width + batch * seqlen
@@ -232,16 +250,16 @@ def scan_kernel(
                 at_token = entered
                 for _ in range(0, chunk % EVERY):
                     state = pass_over(
-                        state, x, x_token, B, B_token, ids, ids_token, clock, plane,
-                        entered, at_token, tokens, start, end, p, has_p, n, has_n, False, REVERSE, ACC, TOKENS,
+                        state, x, x_token, B, B_token, ids, ids_token, clock, plane, entered, at_token,
+                        tokens, start, end, order, p, has_p, n, has_n, False, REVERSE, ACC, TOKENS,
                     )  # fmt: skip
                     at_token += tokens
             out = dot(queries, rounded(state, queries.dtype), out)
 
-    high = tl.load(clock + plane + token, inside, other=0.0)
-    low = tl.load(clock + 2 * plane + token, inside, other=0.0)
-    step = tl.load(clock + token, inside, other=0.0)
-    high_in, low_in = sums_before(clock, plane, here, start, end, entered, REVERSE)
+    high = tl.load(clock + plane + clock_at, inside, other=0.0)
+    low = tl.load(clock + 2 * plane + clock_at, inside, other=0.0)
+    step = tl.load(clock + clock_at, inside, other=0.0)
+    high_in, low_in = sums_before(clock, plane, here, start, entered)
     out *= fading(high - high_in, low - low_in)[:, None]
     lane = tl.arange(0, TOKENS)
     # The exponent is clamped: above the diagonal decays is not 0, but at most 1.

@@ -1,8 +1,10 @@
 """Step sizes of the state-space scan, what decays add up to, their gradient; and what all its Triton kernels share.
 
 Positions count tokens in scan order from the start of a sequence; a token is a position in memory.  A row is what has
-a state of its own: an element of the batch, or a packed sequence.  Chunks are cut inside rows; a span is EVERY chunks.
-The kernels here work on tiles (tokens, heads), as dt lies in memory, and write (heads, tokens), as the others read.
+a state of its own: an element of the batch, a packed sequence, or one direction of an element of the batch, which reads
+its tokens as `order` (directions, seqlen) lists them and writes to the same places.  Chunks are cut inside rows; a span
+is EVERY chunks.  The kernels here work on tiles (tokens, heads), as dt lies in memory, and write (heads, positions), as
+the others read: what passes between kernels is in scan order.
 All that is float64 is here: it costs a few numbers a token and head.
 """
 
@@ -10,7 +12,7 @@ import triton
 import triton.language as tl
 
 from mmkernels._triton import Specimen
-from mmkernels._triton_math import INTERPRETED, dot, sigmoid, softplus
+from mmkernels._triton_math import INTERPRETED, dot, row_offset, sigmoid, softplus
 
 # A decay nobody survives: e^-1024 is 0 in float32 and float64.  A change of id is one such step; steeper decays are cut
 # here, which changes no result and keeps prefix sums small.
@@ -55,9 +57,11 @@ def row_of(number, span_row, first_span, spans):
 
 
 @triton.jit
-def token_of(position, start, end, REVERSE: tl.constexpr):
-    """The token at a position of [start, end)."""
-    if REVERSE:
+def token_of(position, known, start, end, order, REVERSE: tl.constexpr):
+    """The tokens at the known positions of [start, end)."""
+    if order is not None:
+        token = tl.load(order + position, known, other=0)
+    elif REVERSE:
         token = end - 1 - position
     else:
         token = start + position
@@ -65,11 +69,12 @@ def token_of(position, start, end, REVERSE: tl.constexpr):
 
 
 @triton.jit
-def tokens_at(first, count, start, end, SIZE: tl.constexpr, REVERSE: tl.constexpr):
-    """The tokens at positions first ... first + count - 1, and which of the SIZE lanes hold one."""
+def tokens_at(first, count, start, end, order, SIZE: tl.constexpr, REVERSE: tl.constexpr):
+    """Of the positions first ... first + count - 1: where clocks have them, their tokens, which SIZE lanes hold one."""
     lane = tl.arange(0, SIZE)
-    inside = (lane < count) & (first + lane < end - start)
-    return token_of(first + lane, start, end, REVERSE), inside
+    position = first + lane
+    inside = (lane < count) & (position < end - start)
+    return start + position, token_of(position, inside, start, end, order, REVERSE), inside
 
 
 @triton.jit
@@ -87,12 +92,12 @@ def fading(high, low):
 
 
 @triton.jit
-def sums_before(clock, plane, first, start, end, entered, REVERSE: tl.constexpr):
+def sums_before(clock, plane, first, start, entered):
     """The prefix sum up to position first - 1 as (high, low); zero where a span is entered."""
     earlier = first > entered
-    token = token_of(tl.maximum(first - 1, 0), start, end, REVERSE)
-    high = tl.load(clock + plane + token, earlier, other=0.0)
-    low = tl.load(clock + 2 * plane + token, earlier, other=0.0)
+    at = start + tl.maximum(first - 1, 0)
+    high = tl.load(clock + plane + at, earlier, other=0.0)
+    low = tl.load(clock + 2 * plane + at, earlier, other=0.0)
     return high, low
 
 
@@ -112,6 +117,7 @@ def pass_over(
     count,
     start,
     end,
+    order,
     p,
     has_p,
     n,
@@ -126,16 +132,16 @@ def pass_over(
     Forwards  R' = e^{s_T} R + sum_j e^{s_T - s_j} dt_j x_j B_j^T          (u = x,  v = B)
     Backwards R  = e^{s_T} R' + sum_i e^{s_i} dY_i C_i^T                  (u = dY, v = C)
     """
-    token, inside = tokens_at(first, count, start, end, SIZE, REVERSE)
+    at, token, inside = tokens_at(first, count, start, end, order, SIZE, REVERSE)
     live = without_padding(inside, ids, ids_token, token)
-    high = tl.load(clock + plane + token, inside, other=0.0)
-    low = tl.load(clock + 2 * plane + token, inside, other=0.0)
-    high_in, low_in = sums_before(clock, plane, first, start, end, entered, REVERSE)
-    high_out, low_out = sums_before(clock, plane, tl.minimum(first + count, end - start), start, end, entered, REVERSE)
+    high = tl.load(clock + plane + at, inside, other=0.0)
+    low = tl.load(clock + 2 * plane + at, inside, other=0.0)
+    high_in, low_in = sums_before(clock, plane, first, start, entered)
+    high_out, low_out = sums_before(clock, plane, tl.minimum(first + count, end - start), start, entered)
     if GRADIENT:
         weight = fading(high - high_in, low - low_in)
     else:
-        weight = fading(high_out - high, low_out - low) * tl.load(clock + token, inside, other=0.0)
+        weight = fading(high_out - high, low_out - low) * tl.load(clock + at, inside, other=0.0)
     left = tl.load(u + token[:, None] * u_token + p[None, :], live[:, None] & has_p[None, :], other=0.0).to(ACC)
     right = tl.load(v + token[:, None] * v_token + n[None, :], live[:, None] & has_n[None, :], other=0.0)
     left = rounded(left * weight[:, None], right.dtype)
@@ -167,6 +173,7 @@ def steps_kernel(
     dt_bias,
     ids,
     cu_seqlens,
+    order,
     span_row,
     first_span,
     clocks,
@@ -177,7 +184,9 @@ def steps_kernel(
     spans,
     span,
     heads,
+    directions,
     dt_batch,
+    dt_direction,
     dt_token,
     dt_head,
     ids_batch,
@@ -206,13 +215,19 @@ def steps_kernel(
     position = (number - first) * span
     if position >= end - start:
         return
-    token, inside = tokens_at(position, span, start, end, SPAN, REVERSE)
+    if order is not None:
+        order += batch % directions * seqlen
+        A += batch % directions * heads
+        if dt_bias is not None:
+            dt_bias += batch % directions * heads
+    clock_at, token, inside = tokens_at(position, span, start, end, order, SPAN, REVERSE)
     if ids is not None:
         ids += batch * ids_batch
     live = without_padding(inside, ids, ids_token, token)
     has_head = head < heads
     wide = head.to(tl.int64)
-    at = batch * dt_batch + token[:, None] * dt_token + wide[None, :] * dt_head
+    at = row_offset(batch, directions, dt_batch, dt_direction, order)
+    at += token[:, None] * dt_token + wide[None, :] * dt_head
     step = raw_steps(dt, dt_bias, at, head, live[:, None] & has_head[None, :], heads, ACC)
     if SOFTPLUS:
         step = softplus(step)
@@ -222,14 +237,15 @@ def steps_kernel(
     if ids is not None:
         lane = tl.arange(0, SPAN)
         own = tl.load(ids + token * ids_token, inside, other=0)
-        before = token_of(position + lane - 1, start, end, REVERSE)
-        met = tl.load(ids + before * ids_token, inside & (position + lane > 0), other=0)
+        follows = inside & (position + lane > 0)
+        before = token_of(position + lane - 1, follows, start, end, order, REVERSE)
+        met = tl.load(ids + before * ids_token, follows, other=0)
         fall = tl.where((own != met)[:, None], FORGET, fall)
     fall = tl.where(inside[:, None], fall, 0.0)
     sums = tl.cumsum(fall, 0)
     high = sums.to(ACC)
     low = (sums - high.to(tl.float64)).to(ACC)
-    to = clocks + wide[None, :] * width + batch * seqlen + token[:, None]
+    to = clocks + wide[None, :] * width + batch * seqlen + clock_at[:, None]
     written = inside[:, None] & has_head[None, :]
     tl.store(to, step, written)
     tl.store(to + plane, high, written)
@@ -243,6 +259,7 @@ def step_gradients_kernel(
     dt_bias,
     ids,
     cu_seqlens,
+    order,
     span_row,
     first_span,
     clocks,
@@ -258,7 +275,9 @@ def step_gradients_kernel(
     spans,
     tokens,
     heads,
+    directions,
     dt_batch,
+    dt_direction,
     dt_token,
     dt_head,
     ids_batch,
@@ -288,14 +307,19 @@ def step_gradients_kernel(
     position = ((number - first) * EVERY + chunk % EVERY) * tokens
     if position >= end - start:
         return
-    token, inside = tokens_at(position, tokens, start, end, TOKENS, REVERSE)
+    if order is not None:
+        order += batch % directions * seqlen
+        A += batch % directions * heads
+        if dt_bias is not None:
+            dt_bias += batch % directions * heads
+    clock_at, token, inside = tokens_at(position, tokens, start, end, order, TOKENS, REVERSE)
     if ids is not None:
         ids += batch * ids_batch
     live = without_padding(inside, ids, ids_token, token)
     has_head = head < heads
     wide = head.to(tl.int64)
     valid = live[:, None] & has_head[None, :]
-    at = wide[None, :] * width + batch * seqlen + token[:, None]
+    at = wide[None, :] * width + batch * seqlen + clock_at[:, None]
     step = tl.load(clocks + at, valid, other=0.0).to(tl.float64)
     of_step = tl.load(shares + at, valid, other=0.0).to(tl.float64)
     of_fall = tl.load(shares + plane + at, valid, other=0.0).to(tl.float64)
@@ -308,7 +332,8 @@ def step_gradients_kernel(
     rate = tl.load(A + head, has_head, other=0.0).to(tl.float64)
     grad = (of_step + rate[None, :] * of_fall).to(ACC)
 
-    dt_at = batch * dt_batch + token[:, None] * dt_token + wide[None, :] * dt_head
+    dt_at = row_offset(batch, directions, dt_batch, dt_direction, order)
+    dt_at += token[:, None] * dt_token + wide[None, :] * dt_head
     raw = raw_steps(dt, dt_bias, dt_at, head, valid, heads, ACC)
     free = raw
     if SOFTPLUS:
