@@ -112,16 +112,17 @@ def inputs_kernel(
             D += batch % directions * D_direction
     if ids is not None:
         ids += batch * ids_batch
-    clock_at, token, inside = tokens_at(here, tokens, start, end, order, TOKENS, REVERSE)
+    token, inside = tokens_at(here, tokens, start, end, order, TOKENS, REVERSE)
     live = without_padding(inside, ids, ids_token, token)
     lane = tl.arange(0, TOKENS)
     causal = lane[:, None] >= lane[None, :]
     x += row_offset(batch, directions, x_batch, x_direction, order) + head * x_head
     dy += row_offset(batch, directions, dy_batch, dy_direction, order) + head * dy_head
     clock = clocks + head * width + batch * seqlen
-    high = tl.load(clock + plane + clock_at, inside, other=0.0)
-    low = tl.load(clock + 2 * plane + clock_at, inside, other=0.0)
-    step = tl.load(clock + clock_at, inside, other=0.0)
+    now = clock + start + here
+    high = tl.load(now + plane + lane, inside, other=0.0)
+    low = tl.load(now + 2 * plane + lane, inside, other=0.0)
+    step = tl.load(now + lane, inside, other=0.0)
     high_in, low_in = sums_before(clock, plane, here, start, entered)
     stop = tl.minimum(here + tokens, end - start)
     high_out, low_out = sums_before(clock, plane, stop, start, entered)
@@ -211,7 +212,7 @@ def inputs_kernel(
     # w_k sums the terms that decay across token k, never differences of larger sums.
     crossing = tl.cumsum(products * mixing * step[None, :], 0, reverse=True)
     crossed = tl.sum(tl.where(lane[None, :] < lane[:, None], crossing, 0.0), 1)
-    share = shares + head * width + batch * seqlen + clock_at
+    share = shares + head * width + batch * seqlen + start + here + lane
     tl.store(share, of_step, inside)
     tl.store(share + plane, crossed, inside)
     tl.store(share + 2 * plane, after, inside)
@@ -311,7 +312,7 @@ def keys_kernel(
         order += batch % directions * seqlen
     if ids is not None:
         ids += batch * ids_batch
-    clock_at, token, inside = tokens_at(here, tokens, start, end, order, TOKENS, REVERSE)
+    token, inside = tokens_at(here, tokens, start, end, order, TOKENS, REVERSE)
     live = without_padding(inside, ids, ids_token, token)
     lane = tl.arange(0, TOKENS)
     causal = lane[:, None] >= lane[None, :]
@@ -325,9 +326,10 @@ def keys_kernel(
         xs = x + head * x_head
         dys = dy + head * dy_head
         clock = clocks + head * width + batch * seqlen
-        high = tl.load(clock + plane + clock_at, inside, other=0.0)
-        low = tl.load(clock + 2 * plane + clock_at, inside, other=0.0)
-        step = tl.load(clock + clock_at, inside, other=0.0)
+        now = clock + start + here
+        high = tl.load(now + plane + lane, inside, other=0.0)
+        low = tl.load(now + 2 * plane + lane, inside, other=0.0)
+        step = tl.load(now + lane, inside, other=0.0)
         high_in, low_in = sums_before(clock, plane, here, start, entered)
         stop = tl.minimum(here + tokens, end - start)
         high_out, low_out = sums_before(clock, plane, stop, start, entered)

@@ -70,11 +70,11 @@ def token_of(position, known, start, end, order, REVERSE: tl.constexpr):
 
 @triton.jit
 def tokens_at(first, count, start, end, order, SIZE: tl.constexpr, REVERSE: tl.constexpr):
-    """Of the positions first ... first + count - 1: where clocks have them, their tokens, which SIZE lanes hold one."""
+    """The tokens at positions first ... first + count - 1, and which of the SIZE lanes hold one."""
     lane = tl.arange(0, SIZE)
     position = first + lane
     inside = (lane < count) & (position < end - start)
-    return start + position, token_of(position, inside, start, end, order, REVERSE), inside
+    return token_of(position, inside, start, end, order, REVERSE), inside
 
 
 @triton.jit
@@ -132,8 +132,9 @@ def pass_over(
     Forwards  R' = e^{s_T} R + sum_j e^{s_T - s_j} dt_j x_j B_j^T          (u = x,  v = B)
     Backwards R  = e^{s_T} R' + sum_i e^{s_i} dY_i C_i^T                  (u = dY, v = C)
     """
-    at, token, inside = tokens_at(first, count, start, end, order, SIZE, REVERSE)
+    token, inside = tokens_at(first, count, start, end, order, SIZE, REVERSE)
     live = without_padding(inside, ids, ids_token, token)
+    at = start + first + tl.arange(0, SIZE)
     high = tl.load(clock + plane + at, inside, other=0.0)
     low = tl.load(clock + 2 * plane + at, inside, other=0.0)
     high_in, low_in = sums_before(clock, plane, first, start, entered)
@@ -220,10 +221,11 @@ def steps_kernel(
         A += batch % directions * heads
         if dt_bias is not None:
             dt_bias += batch % directions * heads
-    clock_at, token, inside = tokens_at(position, span, start, end, order, SPAN, REVERSE)
+    token, inside = tokens_at(position, span, start, end, order, SPAN, REVERSE)
     if ids is not None:
         ids += batch * ids_batch
     live = without_padding(inside, ids, ids_token, token)
+    lane = tl.arange(0, SPAN)
     has_head = head < heads
     wide = head.to(tl.int64)
     at = row_offset(batch, directions, dt_batch, dt_direction, order)
@@ -235,7 +237,6 @@ def steps_kernel(
     fall = tl.load(A + head, has_head, other=0.0).to(tl.float64)[None, :] * step.to(tl.float64)
     fall = tl.where(fall < FORGET, FORGET, fall)
     if ids is not None:
-        lane = tl.arange(0, SPAN)
         own = tl.load(ids + token * ids_token, inside, other=0)
         follows = inside & (position + lane > 0)
         before = token_of(position + lane - 1, follows, start, end, order, REVERSE)
@@ -245,7 +246,7 @@ def steps_kernel(
     sums = tl.cumsum(fall, 0)
     high = sums.to(ACC)
     low = (sums - high.to(tl.float64)).to(ACC)
-    to = clocks + wide[None, :] * width + batch * seqlen + clock_at[:, None]
+    to = clocks + batch * seqlen + start + position + wide[None, :] * width + lane[:, None]
     written = inside[:, None] & has_head[None, :]
     tl.store(to, step, written)
     tl.store(to + plane, high, written)
@@ -312,14 +313,14 @@ def step_gradients_kernel(
         A += batch % directions * heads
         if dt_bias is not None:
             dt_bias += batch % directions * heads
-    clock_at, token, inside = tokens_at(position, tokens, start, end, order, TOKENS, REVERSE)
+    token, inside = tokens_at(position, tokens, start, end, order, TOKENS, REVERSE)
     if ids is not None:
         ids += batch * ids_batch
     live = without_padding(inside, ids, ids_token, token)
     has_head = head < heads
     wide = head.to(tl.int64)
     valid = live[:, None] & has_head[None, :]
-    at = wide[None, :] * width + batch * seqlen + clock_at[:, None]
+    at = batch * seqlen + start + position + wide[None, :] * width + tl.arange(0, TOKENS)[:, None]
     step = tl.load(clocks + at, valid, other=0.0).to(tl.float64)
     of_step = tl.load(shares + at, valid, other=0.0).to(tl.float64)
     of_fall = tl.load(shares + plane + at, valid, other=0.0).to(tl.float64)

@@ -62,7 +62,8 @@ def of(architecture: str, *kernels: Any) -> list[Specimen]:
             ("", "step_gradients_kernel", back.step_gradients, backward),
         ):
             kernel = next((k for k in kernels if k.__name__ == name), None)
-            if kernel is None or (suffix == " gate backwards" and not gate):
+            # Backwards, steps and states differ in their block sizes alone: the other specimens see to those.
+            if kernel is None or (suffix == " gate backwards" and not gate) or (suffix == " backwards" and scans):
                 continue
             if "BP" in config.blocks:
                 constants["TILES"] = -(-headdim // config.blocks["BP"])
