@@ -29,7 +29,7 @@ FAULTS = {
     "another direction's tokens in the state": (FORWARD, "u_batch, u_direction", "u_batch, 0", "cut"),
     "another direction's gradient": (BACKWARD, "dy_batch, dy_direction", "dy_batch, 0", "both-ways"),
     "another direction's step sizes": (STEPS, "dt_batch, dt_direction", "dt_batch, 0", "cross-own"),
-    "pieces of da in raster order": (BACKWARD, "* seqlen + start + here + lane", "* seqlen + token", "both-ways"),
+    "pieces of da in raster order": (BACKWARD, "* seqlen + clock_at", "* seqlen + token", "both-ways"),
     "taps in raster order": (TAPS, "at = tl.load(order + token, known, other=0)", "at = token.to(tl.int64)", "paths"),
     "another direction's filters": (TAPS, "weight += batch % directions *", "weight += 0 *", "cross-own"),
     "another direction's filters' gradients": (TAPS, "= share % directions", "= share % 1", "both-ways"),

@@ -149,7 +149,7 @@ class Call:
         self, grad: Tensor, grad_final: Tensor | None, silu: bool, reverse: bool, parameters: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of x, weight and bias, `grad` as backward_kernel wants it."""
-        config = kernels.config(self.architecture, self.seqlen, self.dim)
+        config = kernels.config(self.architecture, self.seqlen, self.dim, tight=self.order is not None)
         tiles, slices = self.tiles(config)
         strips = min(tiles, max(1, _PROGRAMS // max(1, slices * self.directions)))
         grad_x = torch.empty_like(self.x, memory_format=torch.contiguous_format)

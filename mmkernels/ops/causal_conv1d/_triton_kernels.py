@@ -376,11 +376,14 @@ def backward_kernel(
         tl.store(partial_bias + share.to(tl.int64) * dim + channel, of_bias, inside)
 
 
-def config(architecture: str, seqlen: int, dim: int) -> Config:
-    """Tiles of up to 16 tokens by 64 channels (128 bytes of bf16): 8 elements a thread, for each of 4 taps."""
+def config(architecture: str, seqlen: int, dim: int, tight: bool = False) -> Config:
+    """Tiles of up to 16 tokens by 64 channels (128 bytes of bf16): 8 elements a thread, for each of 4 taps.
+
+    `tight` is the backward with an order, whose addresses need registers: half of that.
+    """
     if architecture == _triton.INTERPRETER:  # tiny tiles for tiny cases, so that those cross tiles too
         return Config({"TOKENS": 8 if seqlen < 16 else 64, "CHANNELS": _triton.bucket(dim, 1, 64)})
-    return Config({"TOKENS": _triton.bucket(seqlen, 8, 16), "CHANNELS": _triton.bucket(dim, 32, 64)})
+    return Config({"TOKENS": _triton.bucket(seqlen, 8, 8 if tight else 16), "CHANNELS": _triton.bucket(dim, 32, 64)})
 
 
 def specimens(architecture: str) -> list[Specimen]:
@@ -409,6 +412,7 @@ def specimens(architecture: str) -> list[Specimen]:
         tile = config(architecture, 2048, 1536)
         found.append(Specimen(label, forward_kernel, types, tile, {**constants, "SILU": True, "grad_y": None}))
         taps = {"SILU": recomputed, "TAPS": _triton.bucket(width)}
+        tile = config(architecture, 2048, 1536, tight="order" in extras)
         found.append(Specimen(label, backward_kernel, types, tile, {**constants, **taps}))
         if not recomputed:
             found.append(Specimen(f"{label}, gradient", forward_kernel, types, tile, {**constants, "SILU": True}))

@@ -112,20 +112,19 @@ def inputs_kernel(
             D += batch % directions * D_direction
     if ids is not None:
         ids += batch * ids_batch
-    token, inside = tokens_at(here, tokens, start, end, order, TOKENS, REVERSE)
+    token, clock_at, inside = tokens_at(here, tokens, start, end, order, TOKENS, REVERSE)
     live = without_padding(inside, ids, ids_token, token)
     lane = tl.arange(0, TOKENS)
     causal = lane[:, None] >= lane[None, :]
     x += row_offset(batch, directions, x_batch, x_direction, order) + head * x_head
     dy += row_offset(batch, directions, dy_batch, dy_direction, order) + head * dy_head
     clock = clocks + head * width + batch * seqlen
-    now = clock + start + here
-    high = tl.load(now + plane + lane, inside, other=0.0)
-    low = tl.load(now + 2 * plane + lane, inside, other=0.0)
-    step = tl.load(now + lane, inside, other=0.0)
-    high_in, low_in = sums_before(clock, plane, here, start, entered)
+    high = tl.load(clock + plane + clock_at, inside, other=0.0)
+    low = tl.load(clock + 2 * plane + clock_at, inside, other=0.0)
+    step = tl.load(clock + clock_at, inside, other=0.0)
+    high_in, low_in = sums_before(clock, plane, here, start, end, order, entered, REVERSE)
     stop = tl.minimum(here + tokens, end - start)
-    high_out, low_out = sums_before(clock, plane, stop, start, entered)
+    high_out, low_out = sums_before(clock, plane, stop, start, end, order, entered, REVERSE)
     grown = fading(high - high_in, low - low_in)
     left = fading(high_out - high, low_out - low)
     decays = fading(high[:, None] - high[None, :], low[:, None] - low[None, :])
@@ -212,7 +211,7 @@ def inputs_kernel(
     # w_k sums the terms that decay across token k, never differences of larger sums.
     crossing = tl.cumsum(products * mixing * step[None, :], 0, reverse=True)
     crossed = tl.sum(tl.where(lane[None, :] < lane[:, None], crossing, 0.0), 1)
-    share = shares + head * width + batch * seqlen + start + here + lane
+    share = shares + head * width + batch * seqlen + clock_at
     tl.store(share, of_step, inside)
     tl.store(share + plane, crossed, inside)
     tl.store(share + 2 * plane, after, inside)
@@ -312,7 +311,7 @@ def keys_kernel(
         order += batch % directions * seqlen
     if ids is not None:
         ids += batch * ids_batch
-    token, inside = tokens_at(here, tokens, start, end, order, TOKENS, REVERSE)
+    token, clock_at, inside = tokens_at(here, tokens, start, end, order, TOKENS, REVERSE)
     live = without_padding(inside, ids, ids_token, token)
     lane = tl.arange(0, TOKENS)
     causal = lane[:, None] >= lane[None, :]
@@ -326,13 +325,12 @@ def keys_kernel(
         xs = x + head * x_head
         dys = dy + head * dy_head
         clock = clocks + head * width + batch * seqlen
-        now = clock + start + here
-        high = tl.load(now + plane + lane, inside, other=0.0)
-        low = tl.load(now + 2 * plane + lane, inside, other=0.0)
-        step = tl.load(now + lane, inside, other=0.0)
-        high_in, low_in = sums_before(clock, plane, here, start, entered)
+        high = tl.load(clock + plane + clock_at, inside, other=0.0)
+        low = tl.load(clock + 2 * plane + clock_at, inside, other=0.0)
+        step = tl.load(clock + clock_at, inside, other=0.0)
+        high_in, low_in = sums_before(clock, plane, here, start, end, order, entered, REVERSE)
         stop = tl.minimum(here + tokens, end - start)
-        high_out, low_out = sums_before(clock, plane, stop, start, entered)
+        high_out, low_out = sums_before(clock, plane, stop, start, end, order, entered, REVERSE)
         grown = fading(high - high_in, low - low_in)
         left = fading(high_out - high, low_out - low)
         decays = fading(high[:, None] - high[None, :], low[:, None] - low[None, :])

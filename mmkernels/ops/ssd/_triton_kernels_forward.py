@@ -225,7 +225,7 @@ def scan_kernel(
             D += batch % directions * D_direction
     if ids is not None:
         ids += batch * ids_batch
-    token, inside = tokens_at(here, tokens, start, end, order, TOKENS, REVERSE)
+    token, clock_at, inside = tokens_at(here, tokens, start, end, order, TOKENS, REVERSE)
     live = without_padding(inside, ids, ids_token, token)
     valued = live[:, None] & has_p[None, :]
     clock = clocks + head * width + batch * seqlen
@@ -256,13 +256,12 @@ def scan_kernel(
                     at_token += tokens
             out = dot(queries, rounded(state, queries.dtype), out)
 
-    lane = tl.arange(0, TOKENS)
-    now = clock + start + here
-    high = tl.load(now + plane + lane, inside, other=0.0)
-    low = tl.load(now + 2 * plane + lane, inside, other=0.0)
-    step = tl.load(now + lane, inside, other=0.0)
-    high_in, low_in = sums_before(clock, plane, here, start, entered)
+    high = tl.load(clock + plane + clock_at, inside, other=0.0)
+    low = tl.load(clock + 2 * plane + clock_at, inside, other=0.0)
+    step = tl.load(clock + clock_at, inside, other=0.0)
+    high_in, low_in = sums_before(clock, plane, here, start, end, order, entered, REVERSE)
     out *= fading(high - high_in, low - low_in)[:, None]
+    lane = tl.arange(0, TOKENS)
     # The exponent is clamped: above the diagonal decays is not 0, but at most 1.
     decays = fading(high[:, None] - high[None, :], low[:, None] - low[None, :])
     weights = tl.where(lane[:, None] >= lane[None, :], scores, 0.0) * decays * step[None, :]

@@ -3,8 +3,8 @@
 Positions count tokens in scan order from the start of a sequence; a token is a position in memory.  A row is what has
 a state of its own: an element of the batch, a packed sequence, or one direction of an element of the batch, which reads
 its tokens as `order` (directions, seqlen) lists them and writes to the same places.  Chunks are cut inside rows; a span
-is EVERY chunks.  The kernels here work on tiles (tokens, heads), as dt lies in memory, and write (heads, positions), as
-the others read: what passes between kernels is in scan order.
+is EVERY chunks.  The kernels here work on tiles (tokens, heads), as dt lies in memory, and write (heads, tokens), as
+the others read; with an order (heads, positions): what passes between kernels is in scan order then.
 All that is float64 is here: it costs a few numbers a token and head.
 """
 
@@ -69,12 +69,23 @@ def token_of(position, known, start, end, order, REVERSE: tl.constexpr):
 
 
 @triton.jit
+def clock_of(position, token, order):
+    """Where the clocks of a row have what is at a position: at its token, or given an order in scan order."""
+    if order is not None:
+        at = position
+    else:
+        at = token
+    return at
+
+
+@triton.jit
 def tokens_at(first, count, start, end, order, SIZE: tl.constexpr, REVERSE: tl.constexpr):
-    """The tokens at positions first ... first + count - 1, and which of the SIZE lanes hold one."""
+    """Of positions first ... first + count - 1: their tokens, where clocks have them, which of SIZE lanes hold one."""
     lane = tl.arange(0, SIZE)
     position = first + lane
     inside = (lane < count) & (position < end - start)
-    return token_of(position, inside, start, end, order, REVERSE), inside
+    token = token_of(position, inside, start, end, order, REVERSE)
+    return token, clock_of(position, token, order), inside
 
 
 @triton.jit
@@ -92,10 +103,14 @@ def fading(high, low):
 
 
 @triton.jit
-def sums_before(clock, plane, first, start, entered):
+def sums_before(clock, plane, first, start, end, order, entered, REVERSE: tl.constexpr):
     """The prefix sum up to position first - 1 as (high, low); zero where a span is entered."""
     earlier = first > entered
-    at = start + tl.maximum(first - 1, 0)
+    position = tl.maximum(first - 1, 0)
+    if order is not None:
+        at = position
+    else:
+        at = token_of(position, earlier, start, end, order, REVERSE)
     high = tl.load(clock + plane + at, earlier, other=0.0)
     low = tl.load(clock + 2 * plane + at, earlier, other=0.0)
     return high, low
@@ -132,13 +147,13 @@ def pass_over(
     Forwards  R' = e^{s_T} R + sum_j e^{s_T - s_j} dt_j x_j B_j^T          (u = x,  v = B)
     Backwards R  = e^{s_T} R' + sum_i e^{s_i} dY_i C_i^T                  (u = dY, v = C)
     """
-    token, inside = tokens_at(first, count, start, end, order, SIZE, REVERSE)
+    token, at, inside = tokens_at(first, count, start, end, order, SIZE, REVERSE)
     live = without_padding(inside, ids, ids_token, token)
-    at = start + first + tl.arange(0, SIZE)
     high = tl.load(clock + plane + at, inside, other=0.0)
     low = tl.load(clock + 2 * plane + at, inside, other=0.0)
-    high_in, low_in = sums_before(clock, plane, first, start, entered)
-    high_out, low_out = sums_before(clock, plane, tl.minimum(first + count, end - start), start, entered)
+    high_in, low_in = sums_before(clock, plane, first, start, end, order, entered, REVERSE)
+    stop = tl.minimum(first + count, end - start)
+    high_out, low_out = sums_before(clock, plane, stop, start, end, order, entered, REVERSE)
     if GRADIENT:
         weight = fading(high - high_in, low - low_in)
     else:
@@ -221,11 +236,10 @@ def steps_kernel(
         A += batch % directions * heads
         if dt_bias is not None:
             dt_bias += batch % directions * heads
-    token, inside = tokens_at(position, span, start, end, order, SPAN, REVERSE)
+    token, clock_at, inside = tokens_at(position, span, start, end, order, SPAN, REVERSE)
     if ids is not None:
         ids += batch * ids_batch
     live = without_padding(inside, ids, ids_token, token)
-    lane = tl.arange(0, SPAN)
     has_head = head < heads
     wide = head.to(tl.int64)
     at = row_offset(batch, directions, dt_batch, dt_direction, order)
@@ -237,6 +251,7 @@ def steps_kernel(
     fall = tl.load(A + head, has_head, other=0.0).to(tl.float64)[None, :] * step.to(tl.float64)
     fall = tl.where(fall < FORGET, FORGET, fall)
     if ids is not None:
+        lane = tl.arange(0, SPAN)
         own = tl.load(ids + token * ids_token, inside, other=0)
         follows = inside & (position + lane > 0)
         before = token_of(position + lane - 1, follows, start, end, order, REVERSE)
@@ -246,7 +261,7 @@ def steps_kernel(
     sums = tl.cumsum(fall, 0)
     high = sums.to(ACC)
     low = (sums - high.to(tl.float64)).to(ACC)
-    to = clocks + batch * seqlen + start + position + wide[None, :] * width + lane[:, None]
+    to = clocks + wide[None, :] * width + batch * seqlen + clock_at[:, None]
     written = inside[:, None] & has_head[None, :]
     tl.store(to, step, written)
     tl.store(to + plane, high, written)
@@ -313,14 +328,14 @@ def step_gradients_kernel(
         A += batch % directions * heads
         if dt_bias is not None:
             dt_bias += batch % directions * heads
-    token, inside = tokens_at(position, tokens, start, end, order, TOKENS, REVERSE)
+    token, clock_at, inside = tokens_at(position, tokens, start, end, order, TOKENS, REVERSE)
     if ids is not None:
         ids += batch * ids_batch
     live = without_padding(inside, ids, ids_token, token)
     has_head = head < heads
     wide = head.to(tl.int64)
     valid = live[:, None] & has_head[None, :]
-    at = batch * seqlen + start + position + wide[None, :] * width + tl.arange(0, TOKENS)[:, None]
+    at = wide[None, :] * width + batch * seqlen + clock_at[:, None]
     step = tl.load(clocks + at, valid, other=0.0).to(tl.float64)
     of_step = tl.load(shares + at, valid, other=0.0).to(tl.float64)
     of_fall = tl.load(shares + plane + at, valid, other=0.0).to(tl.float64)
