@@ -27,7 +27,7 @@ def decode_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 @torch.library.register_fake(_inference)
 @torch.library.register_fake(_fwd)
-def decode_linear_fake(x: Tensor, weight: Tensor, bias: Any) -> Tensor:
+def decode_linear_fake(x: Tensor, weight: Tensor, bias: Any = None) -> Tensor:
     """Shape and dtype of y, dense."""
     _checks.same_device("decode_linear", x=x, weight=weight, bias=bias)  # a direct call comes unchecked
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
