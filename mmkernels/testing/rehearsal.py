@@ -69,7 +69,7 @@ class Rehearsal:
 
 
 def rehearse(architecture: str, only: str = "", dtypes: tuple[torch.dtype, ...] = (torch.bfloat16,)) -> Rehearsal:
-    """Run every case of every op whose name contains `only` with launches compiled instead.
+    """Run every case of the op called `only`, or of every op whose name contains it, with launches compiled instead.
 
     Returns:
         The rehearsal: `compiled` has one entry a distinct kernel, `faults` what was wrong, in words.
@@ -86,7 +86,8 @@ def rehearse(architecture: str, only: str = "", dtypes: tuple[torch.dtype, ...] 
     torch.Tensor.new_empty = torch.Tensor.new_zeros  # type: ignore[assignment, method-assign]
     torch.empty_like = torch.zeros_like
     for op, entry in registered().items():
-        if "triton" not in entry.entries or only not in op:
+        asked = op == only if only in registered() else only in op
+        if "triton" not in entry.entries or not asked:
             continue
         entry.entries["triton"].declines = None
         for case in CASES[op]:
@@ -100,7 +101,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Rehearse, print faults, return 1 if there are any."""
     parser = argparse.ArgumentParser(description="Compile every launch of the contract's cases for a GPU.")
     parser.add_argument("--arch", default="sm_90", choices=list(ARCHITECTURES))
-    parser.add_argument("--only", default="", help="part of an op's name")
+    parser.add_argument("--only", default="", help="an op's name, or a part of several")
     parser.add_argument("--float64", action="store_true", help="float64 instead of bfloat16")
     options = parser.parse_args(arguments)
     done = rehearse(options.arch, options.only, (torch.float64,) if options.float64 else (torch.bfloat16,))

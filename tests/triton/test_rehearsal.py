@@ -19,8 +19,12 @@ def run(*command):
     return done.returncode, done.stdout, done.stderr
 
 
+# conv_ssd_scan_2d launches what its parts launch.
+OPS = [op for op, entry in registered().items() if "triton" in entry.entries and op != "conv_ssd_scan_2d"]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("op", [op for op, entry in registered().items() if "triton" in entry.entries])
+@pytest.mark.parametrize("op", OPS)
 def test_every_launch_of_the_contract_compiles(op):
     code, out, err = run("-m", "mmkernels.testing.rehearsal", "--only", op)
     assert code == 0, out + err
