@@ -30,10 +30,14 @@ def test_every_file_of_kernels_is_surveyed():
     assert names == set(aot.MODULES)
 
 
+# The least shared memory, the one people have, the other vendor: all specimens.  The committed table has all of all.
+IN_FULL = ("sm_120", "sm_90", "gfx942")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", aot.ARCHITECTURES)
 def test_budgets(tmp_path, architecture):
-    budgets = survey(tmp_path, "--arch", architecture)
+    budgets = survey(tmp_path, "--arch", architecture, "--every", "1" if architecture in IN_FULL else "3")
     assert len(budgets) >= len(aot.MODULES)
     assert not [fault for budget in budgets for fault in budget.faults]
 
