@@ -12,7 +12,7 @@ from torch import Tensor
 from mmkernels import _native
 from mmkernels._gradients import wants_gradient
 from mmkernels.ops.scan2d import _autograd
-from mmkernels.ops.scan2d.directions import convolve_then_scan
+from mmkernels.ops.scan2d.directions import convolve_then_scan, each
 from mmkernels.ops.scan2d.orders import Scan, orders_of
 
 _native.require()
@@ -29,11 +29,6 @@ _autograd.register_merge(
     _library.merged_gated_rms_norm_fwd.default,
     _library.merged_gated_rms_norm_bwd.default,
 )
-
-
-def _each(tensor: Tensor, scans: int, shared_dims: int) -> Tensor:
-    """One slice for each direction; the same memory where they share it."""
-    return tensor if tensor.dim() > shared_dims else tensor[:, None].expand(-1, scans, *tensor.shape[1:])
 
 
 def ssd_scan_2d(
@@ -55,7 +50,7 @@ def ssd_scan_2d(
     """See mmkernels.ssd_scan_2d."""
     work, count = torch.promote_types(x.dtype, torch.float32), len(scans)
     orders = orders_of(scans, height, width)
-    x, dt, B, C = _each(x, count, 4), _each(dt.to(work), count, 3), _each(B, count, 4), _each(C, count, 4)
+    x, dt, B, C = each(x, count, 4), each(dt.to(work), count, 3), each(B, count, 4), each(C, count, 4)
     A = A.to(work)
     D, dt_bias = (None if t is None else t.to(work) for t in (D, dt_bias))
     op = _library.ssd_scan_2d_fwd if wants_gradient(x, dt, A, B, C, D, dt_bias) else _library.ssd_scan_2d
@@ -77,7 +72,7 @@ def causal_conv1d_2d(
     """See mmkernels.causal_conv1d_2d."""
     op = _library.causal_conv1d_2d_fwd if wants_gradient(x, weight, bias) else _library.causal_conv1d_2d
     orders = orders_of(scans, height, width)
-    y: Tensor = op.default(_each(x, len(scans), 3), weight, bias, orders, activation == "silu")
+    y: Tensor = op.default(each(x, len(scans), 3), weight, bias, orders, activation == "silu")
     return y
 
 
@@ -113,8 +108,8 @@ def _convolved_as_read(
     dt, A = dt.to(work), A.to(work)
     D, dt_bias = (None if t is None else t.to(work) for t in (D, dt_bias))
     y: Tensor = _library.conv_ssd_scan_2d.default(
-        _each(xBC, count, 3),
-        _each(dt, count, 3),
+        each(xBC, count, 3),
+        each(dt, count, 3),
         conv_weight,
         conv_bias,
         A,

@@ -21,6 +21,7 @@ from torch import Tensor
 from mmkernels import _triton
 from mmkernels._gradients import wants_gradient
 from mmkernels.ops.scan2d import _autograd
+from mmkernels.ops.scan2d.directions import each
 from mmkernels.ops.scan2d.orders import Scan, heads_and_keys, orders_of
 
 _triton.require()
@@ -32,11 +33,6 @@ from mmkernels.ops.ssd import _triton_forward as scan_forward  # noqa: E402
 from mmkernels.ops.ssd._triton_call import prepare  # noqa: E402
 
 _STRIPS = 512  # shares of the weight's gradient: some programs for every processor of the largest GPUs
-
-
-def _each(tensor: Tensor, scans: int, shared_dims: int) -> Tensor:
-    """One slice for each direction; the same memory where they share it."""
-    return tensor if tensor.dim() > shared_dims else tensor[:, None].expand(-1, scans, *tensor.shape[1:])
 
 
 def ssd_scan_2d(
@@ -58,7 +54,7 @@ def ssd_scan_2d(
     """See mmkernels.ssd_scan_2d; chunk_size is a limit."""
     count = len(scans)
     orders = orders_of(scans, height, width, x.device)
-    x, dt, B, C = _each(x, count, 4), _each(dt, count, 3), _each(B, count, 4), _each(C, count, 4)
+    x, dt, B, C = each(x, count, 4), each(dt, count, 3), each(B, count, 4), each(C, count, 4)
     op = _scan_fwd if wants_gradient(x, dt, A, B, C, D, dt_bias) else _scan_inference
     low, high = float(dt_limit[0]), float(dt_limit[1])
     y: Tensor = op(x, dt, A, B, C, D, dt_bias, orders, dt_softplus, low, high, chunk_size or 0)
@@ -121,7 +117,7 @@ def causal_conv1d_2d(
     """See mmkernels.causal_conv1d_2d."""
     op = _convolution_fwd if wants_gradient(x, weight, bias) else _convolution_inference
     orders = orders_of(scans, height, width, x.device)
-    y: Tensor = op(_each(x, len(scans), 3), weight, bias, orders, activation == "silu")
+    y: Tensor = op(each(x, len(scans), 3), weight, bias, orders, activation == "silu")
     return y
 
 

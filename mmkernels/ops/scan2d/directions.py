@@ -1,4 +1,4 @@
-"""What backends share that run one direction after the other on the ops for sequences."""
+"""What backends share: tensors of one direction and of all, and directions run one after the other."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -20,6 +20,11 @@ WHOLE: dict[str, Any] = {
 def own(tensor: Tensor, k: int, shared_dims: int) -> Tensor:
     """What direction k has of a tensor: all of it, if it has the dimensions of one that the directions share."""
     return tensor if tensor.dim() == shared_dims else tensor[:, k]
+
+
+def each(tensor: Tensor, scans: int, shared_dims: int) -> Tensor:
+    """One slice for each direction; the same memory where they share it."""
+    return tensor if tensor.dim() > shared_dims else tensor[:, None].expand(-1, scans, *tensor.shape[1:])
 
 
 def row(parameter: Tensor | None, k: int) -> Tensor | None:
