@@ -155,6 +155,7 @@ STABLE_TORCH_LIBRARY(mmkernels, m) {
   // The instruction set in use, the best this CPU has, and a way for tests to lower it.
   m.def("isa() -> str");
   m.def("best_isa() -> str");
+  m.def("runs_isa(str level) -> bool");
   m.def("set_isa(str level) -> ()");
 
   // From now on, whether outputs are full of NaN before they are written (for tests); returns whether they were.
@@ -166,14 +167,17 @@ namespace {
 std::string isa() { return mmkernels::kIsaNames[static_cast<int>(mmkernels::current_isa())]; }
 std::string best_isa() { return mmkernels::kIsaNames[static_cast<int>(mmkernels::best_isa())]; }
 
-void set_isa(std::string level) {
+mmkernels::Isa isa_named(const std::string& level) {
   for (int i = 0; i < mmkernels::kIsaCount; ++i) {
-    if (level == mmkernels::kIsaNames[i]) {
-      STD_TORCH_CHECK(mmkernels::set_isa(static_cast<mmkernels::Isa>(i)), "this CPU cannot run ", level);
-      return;
-    }
+    if (level == mmkernels::kIsaNames[i]) return static_cast<mmkernels::Isa>(i);
   }
-  STD_TORCH_CHECK(false, "set_isa: level must be baseline, avx2 or avx512; got ", level);
+  STD_TORCH_CHECK(false, "level must be baseline, avx2, avx512 or avx512_bf16; got ", level);
+}
+
+bool runs_isa(std::string level) { return mmkernels::runs_isa(isa_named(level)); }
+
+void set_isa(std::string level) {
+  STD_TORCH_CHECK(mmkernels::set_isa(isa_named(level)), "this CPU cannot run ", level);
 }
 
 bool poison(bool on) { return mmkernels::poisoning().exchange(on); }
@@ -183,6 +187,7 @@ bool poison(bool on) { return mmkernels::poisoning().exchange(on); }
 STABLE_TORCH_LIBRARY_IMPL(mmkernels, CompositeExplicitAutograd, m) {
   m.impl("isa", TORCH_BOX(&isa));
   m.impl("best_isa", TORCH_BOX(&best_isa));
+  m.impl("runs_isa", TORCH_BOX(&runs_isa));
   m.impl("set_isa", TORCH_BOX(&set_isa));
   m.impl("poison", TORCH_BOX(&poison));
 }

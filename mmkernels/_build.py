@@ -130,6 +130,11 @@ def find_torch() -> tuple[Path, str]:
     return folder, version
 
 
+def kernel_sources(words: dict[str, list[str]], level: str) -> list[str]:
+    """The files of the build list that are compiled for a level: its own, where it has a list, or all."""
+    return words.get(f"MMK_KERNEL_SOURCES_{level}", words["MMK_KERNEL_SOURCES"])
+
+
 def make_plan(root: Path) -> Plan:
     """What to compile and with what, or a BuildError that says what is missing.  Runs `compiler --version` only."""
     words = build_list(root)
@@ -153,7 +158,7 @@ def make_plan(root: Path) -> Plan:
     steps = [
         Step(source, level, (*common, f"-DMMK_ISA_NS={level}", *words[f"MMK_FLAGS_{level}"]))
         for level in reversed(levels)
-        for source in words["MMK_KERNEL_SOURCES"]
+        for source in kernel_sources(words, level)
     ]
     steps += [Step(source, None, tuple(common)) for source in words["MMK_SOURCES"]]
     libraries = (f"-L{folder / 'lib'}", *(f"-l{name}" for name in words["MMK_TORCH_LIBRARIES"]))

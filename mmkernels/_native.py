@@ -27,6 +27,7 @@ from mmkernels._build import BuildError
 from mmkernels._dispatch import BackendUnavailable
 
 _PACKAGE = Path(__file__).resolve().parent
+ISA_LEVELS = ("baseline", "avx2", "avx512", "avx512_bf16")  # csrc/common/isa.h
 _LOCK_TIMEOUT = 1800  # seconds to wait for another process that compiles
 _FAILURE_LIFETIME = 3600  # seconds for which a failed compilation is not tried again
 _UNUSED_LIFETIME = 30 * 86400  # seconds after which unused files leave the cache
@@ -132,10 +133,9 @@ def poison(on: bool) -> bool:
 
 
 def isa_levels() -> list[str]:
-    """The levels this CPU can run, lowest first; the last is the one chosen by itself."""
+    """The levels this CPU can run, lowest first; torch.ops.mmkernels.best_isa() is the one chosen by itself."""
     require()
-    levels = ["baseline", "avx2", "avx512"]
-    return levels[: levels.index(torch.ops.mmkernels.best_isa()) + 1]
+    return [level for level in ISA_LEVELS if torch.ops.mmkernels.runs_isa(level)]
 
 
 def _load_packaged() -> bool:

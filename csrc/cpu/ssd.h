@@ -89,7 +89,7 @@ struct SsdBlockSum {
   void* to;
 };
 
-MMK_KERNEL(ssd_fwd, SsdForward)
+MMK_KERNEL_BF16(ssd_fwd, SsdForward)
 MMK_KERNEL(ssd_bwd, SsdBackward)
 MMK_KERNEL(ssd_sum_blocks, SsdBlockSum)
 

@@ -44,8 +44,9 @@ inline int64_t unit_grain(const Ssd& a) {
 
 // The tokens of a chunk, in scan order.
 struct Walk {
-  const int64_t* order;
-  int64_t first, step;
+  const int64_t* order = nullptr;
+  int64_t first = 0, step = 1;
+  Walk() = default;
   Walk(const Ssd& a, const SsdChunk& chunk)
       : order(a.order == nullptr ? nullptr : a.order + chunk.token), first(chunk.token), step(a.direction) {}
   MMK_INLINE int64_t operator[](int64_t t) const { return order == nullptr ? first + t * step : order[t]; }
@@ -156,30 +157,105 @@ MMK_INLINE void pack(const SsdIn& in, const T* from, const Walk& token, int64_t 
   }
 }
 
-// B and C of one chunk and group, and all the products B_j . C_i with i >= j.
-template <class A>
+#if defined(__AVX512BF16__)
+// As pairs along a row.
+MMK_INLINE void pack(const SsdIn& in, const bf16* from, const Walk& token, int64_t tokens, int64_t width, Bf16Pair* to,
+                     int64_t to_row) {
+  const size_t bytes = static_cast<size_t>(width) * sizeof(bf16), all = static_cast<size_t>(to_row) * sizeof(Bf16Pair);
+  for (int64_t t = 0; t < tokens; ++t, to += to_row) {
+    __builtin_memcpy(to, from + token[t] * in.token, bytes);
+    __builtin_memset(reinterpret_cast<char*>(to) + bytes, 0, all - bytes);
+  }
+}
+MMK_INLINE void transpose(const Bf16Pair* from, int64_t from_row, int64_t rows, int64_t columns, Bf16Pair* to,
+                          int64_t to_row) {
+  transpose(reinterpret_cast<const float*>(from), from_row, rows, columns, reinterpret_cast<float*>(to), to_row);
+}
+#endif
+
+MMK_INLINE int64_t even(int64_t n) { return (n + 1) / 2 * 2; }
+
+// B and C of one chunk and group as factors of products, and all the products B_j . C_i with i >= j.
+template <class E>
 struct Keys {
-  int64_t row, pair_row;  // elements of a row of B and C; of a row of pairs
-  A *B, *C, *transposed, *scores;
+  using A = typename Factor<E>::Sum;
+  using V = Vec<A>;
+
+  int64_t row, pair_row;  // numbers in a row of B and C; in a row of pairs of tokens
+  int64_t elements;       // of a row of B and C
+  E *B, *C, *transposed;  // rows of tokens, the depth along them; C turned
+  E* B_tokens;            // the depth over tokens.  For numbers that is B.
+  A* scores;
 
   Keys(Arena& arena, const Ssd& a)
-      : row(padded<A>(a.dstate)), pair_row(padded<A>(a.chunk_tokens)), B(arena.take<A>(a.chunk_tokens * row)),
-        C(arena.take<A>(a.chunk_tokens * row)), transposed(arena.take<A>(row * pair_row)),
+      : row(padded<A>(a.dstate)), pair_row(padded<A>(a.chunk_tokens)), elements(row / Factor<E>::depth),
+        B(arena.take<E>(a.chunk_tokens * elements)), C(arena.take<E>(a.chunk_tokens * elements)),
+        transposed(arena.take<E>(elements * pair_row)),
+        B_tokens(Factor<E>::depth == 1 ? B : arena.take<E>(depth_of<E>(a.chunk_tokens) * row)),
         scores(arena.take<A>(a.chunk_tokens * pair_row)) {}
 
   template <class T>
   void load_B(const Ssd& a, const SsdChunk& chunk, int64_t batch, int64_t group) {
-    pack(a.B, head_of<T>(a.B, batch, group), Walk(a, chunk), chunk.length, a.dstate, B, row);
+    pack(a.B, head_of<T>(a.B, batch, group), Walk(a, chunk), chunk.length, a.dstate, B, elements);
   }
   template <class T>
   void load(const Ssd& a, const SsdChunk& chunk, int64_t batch, int64_t group) {
     load_B<T>(a, chunk, batch, group);
-    pack(a.C, head_of<T>(a.C, batch, group), Walk(a, chunk), chunk.length, a.dstate, C, row);
-    transpose(C, row, chunk.length, a.dstate, transposed, pair_row);
-    Product<A> p{chunk.length, chunk.length, a.dstate, B, row, 1, transposed, pair_row, scores, pair_row};
+    if constexpr (Factor<E>::depth > 1) pair_tokens(a, chunk, head_of<T>(a.B, batch, group));
+    pack(a.C, head_of<T>(a.C, batch, group), Walk(a, chunk), chunk.length, a.dstate, C, elements);
+    const int64_t depth = depth_of<E>(a.dstate);
+    transpose(C, elements, chunk.length, depth, transposed, pair_row);
+    Product<E> p{chunk.length, chunk.length, depth, B, elements, 1, transposed, pair_row, scores, pair_row};
     p.upper = true;
     multiply(p);
   }
+
+ private:
+  template <class T>
+  void pair_tokens(const Ssd& a, const SsdChunk& chunk, const T* from) {
+    const Walk token(a, chunk);
+    for (int64_t t = 0; t < chunk.length; t += 2) {
+      const T* row_even = from + token[t] * a.B.token;
+      const T* row_odd = t + 1 < chunk.length ? from + token[t + 1] * a.B.token : nullptr;
+      for_lanes<V>(a.dstate, [&](int64_t i, auto lanes) {
+        put(B_tokens, row, t, i, V::load(row_even + i, lanes), row_odd == nullptr ? V() : V::load(row_odd + i, lanes));
+      });
+    }
+  }
+};
+
+// Rows of memory that will be wanted soon.  Asking for all of them at once would make the processor wait (it keeps a few
+// dozen misses in flight); a few between two tiles of a product cost nothing.
+class Upcoming {
+ public:
+  Upcoming(Arena& arena, int64_t most) : rows_(arena.take<Row>(most)) {}
+  MMK_INLINE void clear() { count_ = next_ = 0; }
+  MMK_INLINE void read(const void* row, int64_t bytes) { add(row, bytes, false); }
+  MMK_INLINE void write(const void* row, int64_t bytes) { add(row, bytes, true); }
+
+  MMK_INLINE void fetch_some() {
+    for (int64_t lines = 0; lines < kLinesAtOnce && next_ < count_; ++next_) {
+      const Row& row = rows_[next_];
+      for (int64_t i = 0; i < row.bytes; i += 64, ++lines) {
+        row.write ? __builtin_prefetch(row.from + i, 1, 2) : __builtin_prefetch(row.from + i);
+      }
+    }
+  }
+
+ private:
+  static constexpr int64_t kLinesAtOnce = 16;
+  struct Row {
+    const char* from;
+    int32_t bytes;
+    bool write;
+  };
+
+  MMK_INLINE void add(const void* row, int64_t bytes, bool write) {
+    rows_[count_++] = {static_cast<const char*>(row), static_cast<int32_t>(bytes), write};
+  }
+
+  Row* rows_;
+  int64_t count_ = 0, next_ = 0;
 };
 
 // A state as the caller keeps it, (headdim, dstate), of row `index`.

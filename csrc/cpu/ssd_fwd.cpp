@@ -9,40 +9,61 @@ namespace mmkernels::MMK_ISA_NS {
 
 namespace {
 
-// What is read next after x of a chunk and head: `count` tokens, `tokens` further on in the scan and `heads` heads up.
-struct Ahead {
-  int64_t tokens, count, heads;
+#if defined(__AVX512BF16__)
+template <class T> using Element = Bf16Pair;
+#else
+template <class T> using Element = Arithmetic<T>;
+#endif
+
+// Rows of x: of the tensor, or what a convolution made of them.
+template <class S>
+struct Rows {
+  const S* first;
+  Walk token;
+  int64_t step;
+  MMK_INLINE const S* operator[](int64_t t) const { return first + token[t] * step; }
 };
 
 template <class T>
 struct Forward {
   using A = Arithmetic<T>;
+  using E = Element<T>;
   using V = Vec<A>;
 
   const SsdForward& a;
-  int64_t width;  // elements of a padded row of x
-  Keys<A> keys;
+  int64_t width;  // numbers in a padded row of x
+  Keys<E> keys;
   Decays<A> decays;
-  A *x, *weighted_x, *weights, *y, *states;
+  E *x, *weighted_x, *weights;  // the depth over tokens
+  A* y;  // rows of one register tile
+  A* states;
+  E* entering;  // a state, the depth over dstate.  For numbers that is the state itself.
   bool* empty;  // of each head: its state is zero
-  Ahead ahead;
+  Upcoming upcoming;
+  A* convolved;    // x
   const T** taken;  // the rows that a convolution reads
   T* nothing;       // and what it reads before the first token
 
   Forward(Arena& arena, const SsdForward& call)
-      : a(call), width(padded<A>(a.headdim)), keys(arena, a), decays(arena, keys.pair_row),
-        x(arena.take<A>(a.chunk_tokens * width)), weighted_x(arena.take<A>(a.chunk_tokens * width)),
-        weights(arena.take<A>(a.chunk_tokens * keys.pair_row)), y(arena.take<A>(a.chunk_tokens * width)),
-        states(arena.take<A>(most_heads() * a.dstate * width)), empty(arena.take<bool>(most_heads())),
+      : a(call), width(padded<A>(a.headdim)), keys(arena, a), decays(arena, keys.pair_row), x(take_factor(arena, width)),
+        weighted_x(take_factor(arena, width)), weights(take_factor(arena, keys.pair_row)),
+        y(arena.take<A>(kTileRows * width)), states(arena.take<A>(most_heads() * a.dstate * width)),
+        entering(Factor<E>::depth == 1 ? nullptr : arena.take<E>(depth_of<E>(a.dstate) * width)),
+        empty(arena.take<bool>(most_heads())), upcoming(arena, 5 * a.chunk_tokens),
+        convolved(a.conv.width > 0 ? arena.take<A>(a.chunk_tokens * width) : nullptr),
         taken(arena.take<const T*>(a.conv.width + kRowsAtOnce)), nothing(arena.take<T>(a.headdim)) {}
 
+  E* take_factor(Arena& arena, int64_t row) const {
+    return arena.take<E>(even(a.chunk_tokens) / Factor<E>::depth * row);
+  }
   int64_t most_heads() const { return (a.heads / a.groups + a.head_blocks - 1) / a.head_blocks; }
   A* state(int64_t h) const { return states + h * a.dstate * width; }
 
   void run(const Unit& unit) {
     const SsdRow& row = *unit.row;
     if (a.conv.width > 0) clear(nothing, a.headdim);
-    for (int64_t h = 0; h < unit.heads; ++h) enter(unit, h, row.begin == row.end || a.chunk[row.begin].entry == SsdEntry::initial);
+    const bool initial = row.begin == row.end || a.chunk[row.begin].entry == SsdEntry::initial;
+    for (int64_t h = 0; h < unit.heads; ++h) enter(unit, h, initial);
     for (int64_t c = row.begin; c < row.end; ++c) {
       const SsdChunk& chunk = a.chunk[c];
       if (chunk.padding) {
@@ -51,11 +72,13 @@ struct Forward {
       }
       const bool leaves = chunk.leaves && (c + 1 < row.end || a.final != nullptr);
       keys.template load<T>(a, chunk, row.batch, unit.group);
+      const SsdChunk* next = c + 1 < row.end && !a.chunk[c + 1].padding ? &a.chunk[c + 1] : nullptr;
       for (int64_t h = 0; h < unit.heads; ++h) {
         if (chunk.entry == SsdEntry::zero) empty[h] = true;
         const bool last = h + 1 == unit.heads;
-        const int64_t follows = c + 1 < row.end && !a.chunk[c + 1].padding ? a.chunk[c + 1].length : 0;
-        ahead = last ? Ahead{chunk.length, follows, 1 - unit.heads} : Ahead{0, chunk.length, 1};
+        upcoming.clear();
+        if (!last) look_ahead(unit, chunk, unit.first_head + h + 1, false);
+        if (last && next != nullptr) look_ahead(unit, *next, unit.first_head, true);
         one_head(chunk, row.batch, unit.first_head + h, state(h), empty[h], leaves);
         empty[h] = !leaves;
       }
@@ -78,118 +101,155 @@ struct Forward {
     transpose(initial, a.dstate, a.headdim, a.dstate, state(h), width);
   }
 
+  // What the next head or chunk reads, and the rows of y it writes: too short and too far apart for the processor to
+  // guess, and rows of another chunk also lie in other pages.
+  void look_ahead(const Unit& unit, const SsdChunk& next, int64_t head, bool other_chunk) {
+    const int64_t batch = unit.row->batch, of_y = a.y_arithmetic ? sizeof(A) : sizeof(T), of_x = sizeof(T);
+    const Walk token(a, next);
+    if (other_chunk) {
+      const T *of_B = head_of<T>(a.B, batch, unit.group), *of_C = head_of<T>(a.C, batch, unit.group);
+      const A* steps = head_of<A>(a.dt, batch, head);
+      for (int64_t t = 0; t < next.length; ++t) {
+        upcoming.read(of_B + token[t] * a.B.token, a.dstate * of_x);
+        upcoming.read(of_C + token[t] * a.C.token, a.dstate * of_x);
+        upcoming.read(steps + token[t] * a.dt.token, sizeof(A));
+      }
+    }
+    const T* from = head_of<T>(a.x, batch, head);
+    for (int64_t t = 0; t < next.length; ++t) upcoming.read(from + token[t] * a.x.token, a.headdim * of_x);
+    const char* out = static_cast<const char*>(a.y);
+    for (int64_t t = 0; t < next.length; ++t) {
+      upcoming.write(out + dense(a, batch, token[t], head, a.heads, a.headdim) * of_y, a.headdim * of_y);
+    }
+  }
+
   void one_head(const SsdChunk& chunk, int64_t batch, int64_t head, A* state, bool nothing_enters, bool leaves) {
-    const int64_t tokens = chunk.length, pairs = keys.pair_row;
     decays.compute(a, chunk, batch, head);
-    load_x(chunk, batch, head, leaves);
-    fill_weights(tokens, a.D == nullptr || a.D_per_channel ? A(0) : static_cast<const A*>(a.D)[head]);
-    if (!nothing_enters) multiply(Product<A>{tokens, a.headdim, a.dstate, keys.C, keys.row, 1, state, width, y, width});
-    Product<A> inside{tokens, a.headdim, tokens, weights, 1, pairs, x, width, y, width};
-    inside.limit = Depth::to_row;
-    if (!nothing_enters) inside.start = y, inside.scale = decays.grown, inside.scale_row = 1;
-    multiply(inside);
-    a.y_arithmetic ? store_y<A>(chunk, batch, head) : store_y<T>(chunk, batch, head);
+    const T* from = head_of<T>(a.x, batch, head);
+    if (a.conv.width == 0) {
+      one_head(chunk, batch, head, state, nothing_enters, leaves, Rows<T>{from, Walk(a, chunk), a.x.token});
+    } else {
+      convolve_x(chunk, from, head);
+      one_head(chunk, batch, head, state, nothing_enters, leaves, Rows<A>{convolved, Walk(), width});
+    }
+  }
+
+  template <class S>
+  void one_head(const SsdChunk& chunk, int64_t batch, int64_t head, A* state, bool nothing_enters, bool leaves,
+                const Rows<S>& rows) {
+    const int64_t tokens = chunk.length;
+    load_x(tokens, rows, leaves);
+    fill_weights(tokens);
+    const E* entered = nothing_enters ? nullptr : factor_of(state);
+    // A few rows at a time: what they wait for, to be read or written, comes while the next ones are multiplied.
+    for (int64_t row = 0; row < tokens; row += kTileRows) {
+      const int64_t count = tokens - row < kTileRows ? tokens - row : kTileRows;
+      Product<E> inside{count, a.headdim, depth_of<E>(row + count), weights + row, 1, keys.pair_row, x, width, y, width};
+      if (entered != nullptr) {
+        const E* C = keys.C + row * keys.elements;
+        multiply(Product<E>{count, a.headdim, depth_of<E>(a.dstate), C, keys.elements, 1, entered, width, y, width});
+        inside.start = y, inside.scale = decays.grown + row, inside.scale_row = 1;
+      }
+      multiply(inside);
+      a.y_arithmetic ? store_y<A>(chunk, batch, head, rows, row, count) : store_y<T>(chunk, batch, head, rows, row, count);
+      upcoming.fetch_some();
+    }
     if (!leaves) return;
-    Product<A> update{a.dstate, a.headdim, tokens, keys.B, 1, keys.row, weighted_x, width, state, width};
+    const int64_t depth = depth_of<E>(tokens);
+    Product<E> update{a.dstate, a.headdim, depth, keys.B_tokens, 1, keys.row, weighted_x, width, state, width};
     if (!nothing_enters) update.start = state, update.scale = &decays.all;
-    multiply(update);
+    multiply(update, [this] { upcoming.fetch_some(); });
+  }
+
+  const E* factor_of(const A* state) {
+    if constexpr (Factor<E>::depth == 1) {
+      return state;
+    } else {
+      for (int64_t n = 0; n < a.dstate; n += 2) {
+        const A *row = state + n * width, *next = n + 1 < a.dstate ? row + width : nullptr;
+        for (int64_t i = 0; i < width; i += V::size) {
+          put(entering, width, n, i, V::load(row + i), next == nullptr ? V() : V::load(next + i));
+        }
+      }
+      return entering;
+    }
   }
 
   // x, and e^{s_T - s_j} dt_j x_j where the leaving state needs it.
-  void load_x(const SsdChunk& chunk, int64_t batch, int64_t head, bool leaves) {
-    const T* from = head_of<T>(a.x, batch, head);
-    const Walk token(a, chunk);
-    if (a.conv.width > 0) return convolve_x(chunk, batch, from, head, leaves);
-    if (!leaves) return pack(a.x, from, token, chunk.length, a.headdim, x, width);
-    for (int64_t t = 0; t < chunk.length; ++t) {
-      const V weight(decays.left[t] * decays.dt[t]);
-      const T* row = from + token[t] * a.x.token;
-      fetch_next(from, token, t, batch, head), fetch_output(batch, token[t], head);
+  template <class S>
+  void load_x(int64_t tokens, const Rows<S>& rows, bool leaves) {
+    for (int64_t t = 0; t < tokens; t += 2) {
+      const bool both = t + 1 < tokens;
+      const S *first = rows[t], *second = both ? rows[t + 1] : first;
+      const V weight(decays.left[t] * decays.dt[t]), next_weight(both ? decays.left[t + 1] * decays.dt[t + 1] : A(0));
       for_lanes<V>(a.headdim, [&](int64_t i, auto lanes) {
-        const V value = V::load(row + i, lanes);
-        value.store(x + t * width + i);
-        (value * weight).store(weighted_x + t * width + i);
+        const V value = V::load(first + i, lanes), next = both ? V::load(second + i, lanes) : V();
+        put(x, width, t, i, value, next);
+        if (leaves) put(weighted_x, width, t, i, value * weight, next * next_weight);
       });
     }
   }
 
-  // The next head's part of a token's row, or the next chunk's: too short and too far from the last for the processor to
-  // guess.  Rows of another chunk also lie in other pages.
-  MMK_INLINE void fetch_next(const T* from, const Walk& token, int64_t t, int64_t batch, int64_t head) const {
-    if (t >= ahead.count) return;
-    const int64_t next = token[t + ahead.tokens];
-    constexpr int64_t line = 64 / static_cast<int64_t>(sizeof(T));
-    const T* row = from + next * a.x.token + ahead.heads * a.x.head;
-    for (int64_t i = 0; i < a.headdim; i += line) __builtin_prefetch(row + i);
-    if (ahead.tokens > 0) __builtin_prefetch(head_of<A>(a.dt, batch, head + ahead.heads) + next * a.dt.token);
-  }
-
-  // The rows of y that this head will write; long enough before it does.
-  MMK_INLINE void fetch_output(int64_t batch, int64_t token, int64_t head) const {
-    const int64_t bytes = a.y_arithmetic ? sizeof(A) : sizeof(T);
-    const char* row = static_cast<const char*>(a.y) + dense(a, batch, token, head, a.heads, a.headdim) * bytes;
-    for (int64_t i = 0; i < a.headdim * bytes; i += 64) __builtin_prefetch(row + i, 1, 2);
-  }
-
-  // The same for x that a convolution makes: a few rows at a time, which stay in registers and L1.
-  void convolve_x(const SsdChunk& chunk, int64_t batch, const T* from, int64_t head, bool leaves) {
+  // x that a convolution makes: a few rows at a time, which stay in registers and L1.
+  void convolve_x(const SsdChunk& chunk, const T* from, int64_t head) {
     const SsdConvolution& c = a.conv;
     const int64_t at = head * a.headdim;
     const Taps<A> taps{static_cast<const A*>(c.taps) + at, c.channels, c.width};
     const A* bias = c.bias == nullptr ? nullptr : static_cast<const A*>(c.bias) + at;
-    const Walk token(a, chunk);
-    const auto rows = [&](int64_t t, auto count) {
+    const auto convolve_rows = [&](int64_t t, auto count) {
       constexpr int R = decltype(count)::value;
       for (int64_t k = 0; k < R + c.width - 1; ++k) {
         const int64_t position = chunk.token + t + k - (c.width - 1);
         taken[k] = position < 0 ? nothing : from + a.order[position] * a.x.token;
       }
       A* out[R];
-      for (int r = 0; r < R; ++r) {
-        out[r] = x + (t + r) * width;
-        fetch_next(from, token, t + r, batch, head), fetch_output(batch, token[t + r], head);
-      }
+      for (int r = 0; r < R; ++r) out[r] = convolved + (t + r) * width;
       convolve<R>(taken, taps, bias, c.silu, out, a.headdim);
     };
     int64_t t = 0;
-    for (; t + kRowsAtOnce <= chunk.length; t += kRowsAtOnce) rows(t, Constant<kRowsAtOnce>{});
-    for (; t < chunk.length; ++t) rows(t, Constant<1>{});
-    if (!leaves) return;
-    for (t = 0; t < chunk.length; ++t) {
-      const V weight(decays.left[t] * decays.dt[t]);
-      for (int64_t i = 0; i < a.headdim; i += V::size) (V::load(x + t * width + i) * weight).store(weighted_x + t * width + i);
-    }
+    for (; t + kRowsAtOnce <= chunk.length; t += kRowsAtOnce) convolve_rows(t, Constant<kRowsAtOnce>{});
+    for (; t < chunk.length; ++t) convolve_rows(t, Constant<1>{});
   }
 
-  // weights[j][i] = (B_j . C_i) e^{s_i - s_j} dt_j, and D on top of the diagonal.
-  void fill_weights(int64_t tokens, A skip) {
+  // weights[j][i] = (B_j . C_i) e^{s_i - s_j} dt_j for j <= i.
+  void fill_weights(int64_t tokens) {
     const int64_t pairs = keys.pair_row;
     decays.factor(tokens, pairs);
-    for (int64_t j = 0; j < tokens; ++j) {
-      A* to = weights + j * pairs;
-      const A *scores = keys.scores + j * pairs, *after = decays.after + j / V::size * pairs;
+    for (int64_t j = 0; j < tokens; j += 2) {
+      const bool both = j + 1 < tokens;
+      const A *scores = keys.scores + j * pairs, *next_scores = scores + pairs;
+      const A* after = decays.after + j / V::size * pairs;
       const int64_t diagonal = j / V::size * V::size;
-      for (int64_t i = first_read<A>(j); i < diagonal; i += V::size) V().store(to + i);
-      const V dt(decays.dt[j]), until(decays.until[j]);
-      from_lane(j, diagonal, V::load(scores + diagonal) * decays.between(j, diagonal) * dt).store(to + diagonal);
+      for (int64_t i = first_read<A>(j); i < diagonal; i += V::size) put(weights, pairs, j, i, V(), V());
+      const auto at_diagonal = [&](int64_t row, const A* score) {
+        return from_lane(row, diagonal, V::load(score + diagonal) * decays.between(row, diagonal) * V(decays.dt[row]));
+      };
+      put(weights, pairs, j, diagonal, at_diagonal(j, scores), both ? at_diagonal(j + 1, next_scores) : V());
+      const V until(decays.until[j]), next_until(both ? decays.until[j + 1] : A(0));
       for (int64_t i = diagonal + V::size; i < tokens; i += V::size) {
-        (V::load(scores + i) * (V::load(after + i) * until)).store(to + i);
+        const V rest = V::load(after + i);
+        const V next = both ? V::load(next_scores + i) * (rest * next_until) : V();
+        put(weights, pairs, j, i, V::load(scores + i) * (rest * until), next);
       }
-      to[j] += skip;
     }
   }
 
-  template <class Y>
-  void store_y(const SsdChunk& chunk, int64_t batch, int64_t head) {
-    const A* skip = a.D_per_channel ? static_cast<const A*>(a.D) + head * a.headdim : nullptr;
+  // Tokens first .. first + count, with D x and through the gate.
+  template <class Y, class S>
+  void store_y(const SsdChunk& chunk, int64_t batch, int64_t head, const Rows<S>& rows, int64_t first, int64_t count) {
+    const A* skips = static_cast<const A*>(a.D);
+    const A* skip = skips != nullptr && a.D_per_channel ? skips + head * a.headdim : nullptr;
+    const V same(skips != nullptr && !a.D_per_channel ? skips[head] : A(0));
     const T* gates = a.z.data == nullptr ? nullptr : head_of<T>(a.z, batch, head);
     const Walk token(a, chunk);
-    for (int64_t t = 0; t < chunk.length; ++t) {
+    for (int64_t t = first; t < first + count; ++t) {
       Y* to = static_cast<Y*>(a.y) + dense(a, batch, token[t], head, a.heads, a.headdim);
       const T* gate = gates == nullptr ? nullptr : gates + token[t] * a.z.token;
+      const S* from = rows[t];
       for_lanes<V>(a.headdim, [&](int64_t i, auto lanes) {
-        V value = V::load(y + t * width + i);
-        if (skip != nullptr) value = fma(V::load(skip + i, lanes), V::load(x + t * width + i), value);
+        V value = V::load(y + (t - first) * width + i);
+        const V by = skip == nullptr ? same : V::load(skip + i, lanes);
+        if (skips != nullptr) value = fma(by, V::load(from + i, lanes), value);
         if (gate != nullptr) value = value * silu(V::load(gate + i, lanes));
         value.store(to + i, lanes);
       });

@@ -22,18 +22,70 @@ template <int N> struct Constant { static constexpr int value = N; };
 
 template <class A> MMK_INLINE int64_t padded(int64_t n) { return (n + Vec<A>::size - 1) / Vec<A>::size * Vec<A>::size; }
 
+// ---- factors of products ----------------------------------------------------------------------------------------------
+
+// What the factors of a product consist of: numbers, multiplied and summed in their own type ...
+template <class E> struct Factor {
+  using Sum = E;
+  using Vector = Vec<E>;
+  static constexpr int64_t depth = 1;  // terms in a factor's element
+  static MMK_INLINE Vector load(const E* from) { return Vector::load(from); }
+  static MMK_INLINE Vector spread(E value) { return Vector(value); }
+  static MMK_INLINE Vec<E> multiply_add(Vector a, Vector b, Vec<E> sum) { return fma(a, b, sum); }
+};
+
+#if defined(__AVX512BF16__)
+// ... or two bfloat16 numbers, neighbours along the depth: one instruction adds both of their products to a float.  Their
+// rounding is the only one; subnormal numbers count as zero.
+struct Bf16Pair { uint32_t bits; };
+
+template <> struct Factor<Bf16Pair> {
+  using Sum = float;
+  using Vector = Words;
+  static constexpr int64_t depth = 2;
+  static MMK_INLINE Vector load(const Bf16Pair* from) {
+    Words words;
+    __builtin_memcpy(&words, from, sizeof(words));
+    return words;
+  }
+  static MMK_INLINE Vector spread(Bf16Pair value) { return Words{} + value.bits; }
+  static MMK_INLINE Vec<float> multiply_add(Vector a, Vector b, Vec<float> sum) {
+    return _mm512_dpbf16_ps(sum.raw, bit_cast<__m512bh>(a), bit_cast<__m512bh>(b));
+  }
+};
+#endif
+
+template <class E> MMK_INLINE int64_t depth_of(int64_t terms) { return (terms + Factor<E>::depth - 1) / Factor<E>::depth; }
+
+// Rows k and k + 1 (k even) of a factor whose depth runs over rows, from lane i on.  Such a factor has an even number of
+// rows, the last one zero if need be.
+template <class A> MMK_INLINE void put(A* to, int64_t row, int64_t k, int64_t i, Vec<A> even, Vec<A> odd) {
+  even.store(to + k * row + i);
+  odd.store(to + (k + 1) * row + i);
+}
+#if defined(__AVX512BF16__)
+MMK_INLINE void put(Bf16Pair* to, int64_t row, int64_t k, int64_t i, Vec<float> even, Vec<float> odd) {
+  const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5,
+                                         20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  const __m512i halves = bit_cast<__m512i>(_mm512_cvtne2ps_pbh(odd.raw, even.raw));
+  const __m512i pairs = _mm512_permutexvar_epi16(order, halves);
+  __builtin_memcpy(to + k / 2 * row + i, &pairs, sizeof(pairs));
+}
+#endif
+
 // ---- products ---------------------------------------------------------------------------------------------------------
 
 enum class Depth { full, to_row, from_row };  // k in [0, depth), [0, row], [row, depth)
 
 // c[r][j] = start[r][j] scale[r] + sum over k of a(r, k) b[k][j], with a(r, k) = a[r a_row + k a_depth].
 // a_row or a_depth is 1.  c may be start.  With Depth::to_row and from_row a is 0 outside, at least within a tile's rows.
-template <class A>
+template <class E>
 struct Product {
-  int64_t rows, columns, depth;  // columns are rounded up to whole vectors
-  const A* a;
+  using A = typename Factor<E>::Sum;
+  int64_t rows, columns, depth;  // columns are rounded up to whole vectors; elements of E along the depth
+  const E* a;
   int64_t a_row, a_depth;
-  const A* b;
+  const E* b;
   int64_t b_row;
   A* c;
   int64_t c_row;
@@ -44,22 +96,24 @@ struct Product {
   bool upper = false;  // only the vectors of c that hold some j >= r
 };
 
-template <class A, int R, int J, bool depth_dense>
-void product_tile(const Product<A>& p, int64_t row, int64_t column, int64_t from, int64_t to) {
+template <class E, int R, int J, bool depth_dense>
+void product_tile(const Product<E>& p, int64_t row, int64_t column, int64_t from, int64_t to) {
+  using F = Factor<E>;
+  using A = typename F::Sum;
   using V = Vec<A>;
   V sums[R][J];
   const int64_t a_row = depth_dense ? p.a_row : 1, a_depth = depth_dense ? 1 : p.a_depth, b_row = p.b_row;
-  const A* a = p.a + row * a_row + from * a_depth;
-  const A* b = p.b + from * b_row + column;
+  const E* a = p.a + row * a_row + from * a_depth;
+  const E* b = p.b + from * b_row + column;
   for (int64_t k = from; k < to; ++k, a += a_depth, b += b_row) {
-    V right[J];
+    typename F::Vector right[J];
 #pragma GCC unroll 8
-    for (int j = 0; j < J; ++j) right[j] = V::load(b + j * V::size);
+    for (int j = 0; j < J; ++j) right[j] = F::load(b + j * V::size);
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
-      const V left(a[r * a_row]);
+      const typename F::Vector left = F::spread(a[r * a_row]);
 #pragma GCC unroll 8
-      for (int j = 0; j < J; ++j) sums[r][j] = fma(left, right[j], sums[r][j]);
+      for (int j = 0; j < J; ++j) sums[r][j] = F::multiply_add(left, right[j], sums[r][j]);
     }
   }
   A* c = p.c + row * p.c_row + column;
@@ -83,15 +137,15 @@ void product_tile(const Product<A>& p, int64_t row, int64_t column, int64_t from
   }
 }
 
-template <class A, int R>
-MMK_INLINE void product_rows(const Product<A>& p, int64_t row, int64_t column, int64_t vectors) {
-  const int64_t from = p.limit == Depth::from_row ? row : 0;
-  const int64_t reach = p.limit == Depth::to_row ? row + R : p.depth;
+template <class E, int R>
+MMK_INLINE void product_rows(const Product<E>& p, int64_t row, int64_t column, int64_t vectors) {
+  const int64_t from = p.limit == Depth::from_row ? row / Factor<E>::depth : 0;
+  const int64_t reach = p.limit == Depth::to_row ? depth_of<E>(row + R) : p.depth;
   const int64_t to = reach < p.depth ? reach : p.depth;
   const auto run = [&](auto width) {
     constexpr int J = decltype(width)::value;
-    p.a_depth == 1 ? product_tile<A, R, J, true>(p, row, column, from, to)
-                   : product_tile<A, R, J, false>(p, row, column, from, to);
+    p.a_depth == 1 ? product_tile<E, R, J, true>(p, row, column, from, to)
+                   : product_tile<E, R, J, false>(p, row, column, from, to);
   };
   switch (vectors) {
     case 1: return run(Constant<1>{});
@@ -103,9 +157,14 @@ MMK_INLINE void product_rows(const Product<A>& p, int64_t row, int64_t column, i
   }
 }
 
-// A tile's columns of b stay in L1 while its rows pass.
-template <class A>
-void multiply(const Product<A>& p) {
+struct Nothing {
+  MMK_INLINE void operator()() const {}
+};
+
+// A tile's columns of b stay in L1 while its rows pass.  between() is called after every tile.
+template <class E, class Between = Nothing>
+void multiply(const Product<E>& p, const Between& between = {}) {
+  using A = typename Factor<E>::Sum;
   constexpr int64_t size = Vec<A>::size;
   const int64_t vectors = padded<A>(p.columns) / size;
   for (int64_t first = 0; first < vectors; first += kTileVectors) {
@@ -116,14 +175,15 @@ void multiply(const Product<A>& p) {
       if (begin >= last) break;
       const int64_t left = p.rows - row, column = begin * size, width = last - begin;
       if (left >= 6) {
-        product_rows<A, 6>(p, row, column, width), row += 6;
+        product_rows<E, 6>(p, row, column, width), row += 6;
       } else if (left >= 4) {
-        product_rows<A, 4>(p, row, column, width), row += 4;
+        product_rows<E, 4>(p, row, column, width), row += 4;
       } else if (left >= 2) {
-        product_rows<A, 2>(p, row, column, width), row += 2;
+        product_rows<E, 2>(p, row, column, width), row += 2;
       } else {
-        product_rows<A, 1>(p, row, column, width), row += 1;
+        product_rows<E, 1>(p, row, column, width), row += 1;
       }
+      between();
     }
   }
 }

@@ -20,6 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--lengths", type=numbers, help="tokens, e.g. 512,2048")
     parser.add_argument("--dtypes", type=names, help="float32,bfloat16")
+    parser.add_argument("--passes", type=names, help="forward, or backward (both passes together); default: each")
     parser.add_argument(
         "--threads", type=numbers, help="e.g. 1,2; default: as the plan has it, from torch's own number"
     )
@@ -56,6 +57,7 @@ def bench(arguments: argparse.Namespace) -> int:
         lengths=arguments.lengths,
         dtypes=arguments.dtypes,
         threads=arguments.threads,
+        passes=arguments.passes,
     )
     results = run.Results(arguments.out, again=arguments.again)
     built = run.build_first()
@@ -80,7 +82,7 @@ def _command(arguments: argparse.Namespace) -> str:
     """The command line that made the report, without what does not change it."""
     words = ["mmkernels", "bench"]
     words += [f"--{flag}" for flag in ("quick", "full") if getattr(arguments, flag)]
-    for option in ("ops", "shapes", "lengths", "dtypes", "threads"):
+    for option in ("ops", "shapes", "lengths", "dtypes", "threads", "passes"):
         values = getattr(arguments, option)
         words += [f"--{option}", ",".join(map(str, values))] if values else []
     return shlex.join(words)

@@ -12,6 +12,7 @@ PRUNING = ("prune_tokens", "cls_attention_scores", "attention_column_scores", "m
 GRIDS = ("scan2d_bidirectional", "scan2d_cross")
 EXTRAS = ("memory", "first_call")
 PARTS = (*OPS, *EXTRAS)
+PASSES = ("forward", "backward")  # of a race; the latter times both together
 # Left out of a quick look: compiling takes longer than everything else, and one call takes seconds.
 _SLOW = frozenset({"flex_attention", "torch.compile, chunk 64", "torch.compile, chunk 128", "selective_scan_ref"})
 _HEAVY = frozenset({"selective_scan_ref"})  # its memory grows with heads x tokens x dstate: gigabytes
@@ -160,6 +161,7 @@ def asked(
     lengths: Sequence[int] | None = None,
     dtypes: Sequence[str] | None = None,
     threads: Sequence[int] | None = None,
+    passes: Sequence[str] | None = None,
 ) -> Plan:
     """A plan narrowed to some parts, and its races replaced by every combination of the sizes that are given.
 
@@ -176,11 +178,16 @@ def asked(
             raise ConfigError(
                 f"bench: --dtypes must be among {', '.join(DTYPES)}; got {dtype!r}. Leave it out for both."
             )
+    for name in passes or ():
+        if name not in PASSES:
+            raise ConfigError(
+                f"bench: --passes must be among {', '.join(PASSES)}; got {name!r}. Leave it out for both."
+            )
     for name, values in (("--lengths", lengths), ("--threads", threads)):
         if any(value < 1 for value in values or ()):
             raise ConfigError(f"bench: {name} must be positive; got {list(values or ())}. Give numbers like 512,2048.")
     parts = tuple(parts or PARTS)
-    cells = [c for c in base.cells if c.op in parts]
+    cells = [c for c in base.cells if c.op in parts and (not passes or PASSES[c.backward] in passes)]
     if shapes or lengths or dtypes or threads:
         cells = _sized(cells, parts, shapes, lengths, dtypes, threads)
     kept = {"memory": base.memory, "first_call": base.first_calls}

@@ -144,6 +144,11 @@ def test_a_plan_is_narrowed_to_what_is_asked():
     assert [c.id for c in plan.cells] == [f"ssd_scan/130m/{n}/float32/1T/forward" for n in (64, 128)]
     assert len(plan.first_calls) == 1
     assert plan.memory == ()
+    cell = {"parts": ["ssd_scan"], "shapes": ["1.3b"], "lengths": [512], "threads": [2]}
+    both = plans.asked(plans.full(2), **cell).cells
+    for name, backward in (("forward", False), ("backward", True)):
+        only = plans.asked(plans.full(2), **cell, passes=[name]).cells
+        assert only == tuple(c for c in both if c.backward is backward) != ()
 
 
 @pytest.mark.parametrize(
@@ -153,6 +158,7 @@ def test_a_plan_is_narrowed_to_what_is_asked():
         ({"shapes": ["130"]}, "130m"),
         ({"dtypes": ["float16"]}, "bfloat16"),
         ({"lengths": [0]}, "--lengths"),
+        ({"passes": ["both"]}, "forward, backward"),
         ({"parts": ["mixer"], "shapes": ["mmmamba"]}, "something to do"),
     ],
 )

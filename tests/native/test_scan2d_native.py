@@ -15,7 +15,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 ops = torch.ops.mmkernels
 
 
-@pytest.fixture(params=["baseline", "avx2", "avx512"])
+@pytest.fixture(params=_native.ISA_LEVELS)
 def isa(request):
     if request.param not in _native.isa_levels():
         pytest.skip(f"this CPU has no {request.param}")

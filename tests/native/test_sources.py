@@ -1,6 +1,5 @@
 """What must hold of csrc/ itself: one list of sources, levels that stay apart, memory that is written and in bounds."""
 
-import itertools
 import re
 import shutil
 import subprocess
@@ -17,6 +16,7 @@ HERE = Path(__file__).resolve().parent
 ROOT = _build.source_root()
 WORDS = _build.build_list(ROOT)
 LEVELS = WORDS[f"MMK_LEVELS_{_build.machine()}"]
+WIDE = [(source, level) for level in LEVELS[2:] or LEVELS[-1:] for source in _build.kernel_sources(WORDS, level)]
 
 
 def test_every_source_is_on_the_build_list():
@@ -64,11 +64,10 @@ def objects():
 
 @pytest.mark.slow  # compiles each kernel once more where its object was not kept
 @pytest.mark.skipif(shutil.which("nm") is None, reason="nm (binutils) lists symbols; it is not on PATH")
-@pytest.mark.parametrize("source", WORDS["MMK_KERNEL_SOURCES"])
-def test_kernels_of_a_level_share_no_code_with_other_levels(source, compile_cpp, objects):
+@pytest.mark.parametrize(("source", "level"), WIDE)
+def test_kernels_of_a_level_share_no_code_with_other_levels(source, level, compile_cpp, objects):
     # A weak symbol outside the level's namespace is an inline function that the linker merges across levels: the
     # baseline could get the copy made of wide instructions.
-    level = LEVELS[-1]
     compiled = objects[source, level]
     if not compiled.exists():
         compiled = compile_cpp(Path(source).stem, [ROOT / source], level, "-c")
@@ -109,10 +108,11 @@ def test_kernels_under_sanitizers(driver, tmp_path):
             "asan-instrumentation-with-call-threshold=0",
         ]  # checks as calls: gcc is done in half the time
     op = driver.stem.removesuffix("_alone")
-    sources = [source for source in WORDS["MMK_KERNEL_SOURCES"] if Path(source).stem.startswith(op)]
-    assert sources, f"no kernel of csrc/cpu belongs to {driver.name}"
+    units = [(source, level) for level in LEVELS for source in _build.kernel_sources(WORDS, level)]
+    units = [(source, level) for source, level in units if Path(source).stem.startswith(op)]
+    assert units, f"no kernel of csrc/cpu belongs to {driver.name}"
     objects = []
-    for source, level in itertools.product(sources, LEVELS):
+    for source, level in units:
         objects.append(tmp_path / f"{Path(source).stem}-{level}.o")
         extra = [f"-DMMK_ISA_NS={level}", *WORDS[f"MMK_FLAGS_{level}"], "-c", str(ROOT / source)]
         subprocess.run([*compiler, *flags, *extra, "-o", str(objects[-1])], check=True)

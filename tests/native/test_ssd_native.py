@@ -19,7 +19,7 @@ ops = torch.ops.mmkernels
 MIXER = {"skip": "head", "gate": True, "softplus": True, "return_final_states": True}
 
 
-@pytest.fixture(params=["baseline", "avx2", "avx512"])
+@pytest.fixture(params=_native.ISA_LEVELS)
 def isa(request):
     if request.param not in _native.isa_levels():
         pytest.skip(f"this CPU has no {request.param}")
