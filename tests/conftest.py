@@ -76,7 +76,18 @@ def pytest_testnodedown(node, error):
         _RAN[op, backend] = _RAN.get((op, backend), 0) + count
 
 
+# Tests that run for a minute or wait for programs: begun last, one of them would leave the other workers idle.
+_FIRST = (
+    "tests/native/test_mutations.py",
+    "tests/native/test_sources.py",
+    "tests/triton/test_aot.py",
+    "tests/triton/test_rehearsal.py",
+    "tests/packaging/test_install.py",
+)
+
+
 def pytest_collection_modifyitems(config, items):
+    items.sort(key=lambda item: not (item.get_closest_marker("slow") and item.nodeid.startswith(_FIRST)))
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):

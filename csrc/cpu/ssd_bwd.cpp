@@ -55,12 +55,13 @@ struct Backward {
   bool* empty;                 // of each head: dR' is zero
   double* grad_D;              // (heads, headdim)
   double *grad_A, *grad_bias;  // (heads)
+  Upcoming upcoming;
 
   Backward(Arena& arena, const SsdBackward& call)
       : a(call), width(padded<A>(a.headdim)), most_heads((a.heads / a.groups + a.head_blocks - 1) / a.head_blocks),
         state_size(a.headdim * padded<A>(a.dstate)),
         segment(segment_of(a.most_chunks, static_cast<size_t>(most_heads * state_size) * sizeof(A))), keys(arena, a),
-        decays(arena, keys.pair_row) {
+        decays(arena, keys.pair_row), upcoming(arena, 8 * a.chunk_tokens + 1) {
     const int64_t tokens = a.chunk_tokens, pairs = keys.pair_row;
     A** const by_channel[] = {&x, &stepped_x, &weighted_x, &dy, &grown_dy, &du};
     for (A** rows : by_channel) *rows = arena.take<A>(tokens * width);
@@ -104,6 +105,45 @@ struct Backward {
     for (int64_t h = 0; h < unit.heads; ++h) store_sums(unit, h);
   }
 
+  // ---- what is wanted next ----
+
+  void multiply_ahead(const Product<A>& p) {
+    multiply(p, [this] { upcoming.fetch_some(); });
+  }
+
+  template <class Row>
+  void want(const SsdIn& in, int64_t batch, const Walk& token, int64_t tokens, int64_t head, int64_t count) {
+    if (in.data == nullptr) return;
+    const Row* from = head_of<Row>(in, batch, head);
+    for (int64_t t = 0; t < tokens; ++t) upcoming.read(from + token[t] * in.token, count * sizeof(Row));
+  }
+  template <class Row>
+  void want_output(void* out, int64_t batch, const Walk& token, int64_t tokens, int64_t head) {
+    for (int64_t t = 0; t < tokens; ++t) {
+      const int64_t at = dense(a, batch, token[t], head, a.heads, a.headdim);
+      upcoming.write(static_cast<Row*>(out) + at, a.headdim * sizeof(Row));
+    }
+  }
+  void want_keys(const Unit& unit, const SsdChunk& chunk) {
+    const Walk token(a, chunk);
+    want<T>(a.B, unit.row->batch, token, chunk.length, unit.group, a.dstate);
+    want<T>(a.C, unit.row->batch, token, chunk.length, unit.group, a.dstate);
+    want<A>(a.dt, unit.row->batch, token, chunk.length, unit.first_head, 1);
+  }
+
+  // All of head h and a chunk, and the state that enters it.
+  void want_head(const Unit& unit, const SsdChunk& chunk, int64_t h, const A* entering) {
+    const int64_t batch = unit.row->batch, head = unit.first_head + h, tokens = chunk.length;
+    const Walk token(a, chunk);
+    want<T>(a.x, batch, token, tokens, head, a.headdim);
+    want<T>(a.grad_y, batch, token, tokens, head, a.headdim);
+    want_output<T>(a.grad_x, batch, token, tokens, head);
+    if (chunk.entry != SsdEntry::zero) upcoming.read(entering, state_size * sizeof(A));
+    if (a.z.data == nullptr) return;
+    want<T>(a.z, batch, token, tokens, head, a.headdim);
+    want_output<T>(a.grad_z, batch, token, tokens, head);
+  }
+
   // ---- the states, forward ----
 
   // The states that enter the segments, the first one's included.
@@ -137,11 +177,16 @@ struct Backward {
     if (a.chunk[c + 1].entry != SsdEntry::carried) return;
     keys.template load_B<T>(a, chunk, unit.row->batch, unit.group);
     for (int64_t h = 0; h < unit.heads; ++h, from += state_size, to += state_size) {
+      upcoming.clear();
+      if (h + 1 < unit.heads) {
+        want<T>(a.x, unit.row->batch, Walk(a, chunk), chunk.length, unit.first_head + h + 1, a.headdim);
+        upcoming.write(to + state_size, state_size * sizeof(A));
+      }
       decays.compute(a, chunk, unit.row->batch, unit.first_head + h);
       load_weighted_x(chunk, unit.row->batch, unit.first_head + h);
       Product<A> update{a.headdim, a.dstate, chunk.length, weighted_x, 1, width, keys.B, keys.row, to, keys.row};
       if (chunk.entry != SsdEntry::zero) update.start = from, update.scale = &decays.all;
-      multiply(update);
+      multiply_ahead(update);
     }
   }
 
@@ -195,6 +240,13 @@ struct Backward {
     keys.template load<T>(a, chunk, unit.row->batch, unit.group);
     for (int64_t h = 0; h < unit.heads; ++h) {
       if (!chunk.leaves) empty[h] = true;
+      upcoming.clear();
+      if (h + 1 < unit.heads) {
+        want_head(unit, chunk, h + 1, state(number) + (h + 1) * state_size);
+      } else if (number > 0) {
+        want_keys(unit, (&chunk)[-1]);
+        want_head(unit, (&chunk)[-1], 0, state(number - 1));
+      }
       one_head(unit, chunk, h, state(number) + h * state_size);
     }
     finish_keys(unit, chunk);
@@ -248,7 +300,7 @@ struct Backward {
     const int64_t pairs = keys.pair_row, whole = padded<A>(tokens);
     Product<A> p{tokens, tokens, a.headdim, stepped_x, width, 1, dy_turned, pairs, products, pairs};
     p.upper = true;
-    multiply(p);
+    multiply_ahead(p);
     clear(crossing, whole), clear(lost, whole);
     w[0] = A(0);
     V part[V::size];
@@ -289,11 +341,11 @@ struct Backward {
     Product<A> inside{tokens, a.headdim, tokens, weights, keys.pair_row, 1, dy, width, du, width};
     inside.limit = Depth::from_row;
     if (leaves) {
-      multiply(Product<A>{tokens, a.headdim, a.dstate, keys.B, keys.row, 1, turned_gradient(h), width, du, width});
+      multiply_ahead(Product<A>{tokens, a.headdim, a.dstate, keys.B, keys.row, 1, turned_gradient(h), width, du, width});
       sum_rows<A>(tokens, q, [&](int64_t t) { return row_product(weighted_x + t * width, du + t * width, a.headdim); });
       inside.start = du, inside.scale = decays.left, inside.scale_row = 1;
     }
-    multiply(inside);
+    multiply_ahead(inside);
   }
 
   void store_grad_x(const SsdChunk& chunk, int64_t batch, int64_t head, int64_t h) {
@@ -330,7 +382,7 @@ struct Backward {
     if (leaves) {
       Product<A> p{tokens, a.dstate, a.headdim, weighted_x, width, 1, gradient(h), keys.row, grad_B, keys.row};
       if (h > 0) p.start = grad_B;
-      multiply(p);
+      multiply_ahead(p);
     } else if (h == 0) {
       clear(grad_B, count);
     }
@@ -338,7 +390,7 @@ struct Backward {
       if (h == 0) clear(grad_C, count);
       return;
     }
-    multiply(Product<A>{tokens, a.dstate, a.headdim, grown_dy, width, 1, entering, keys.row, from_state, keys.row});
+    multiply_ahead(Product<A>{tokens, a.dstate, a.headdim, grown_dy, width, 1, entering, keys.row, from_state, keys.row});
     sum_rows<A>(tokens, r, [&](int64_t t) { return row_product(from_state + t * keys.row, keys.C + t * keys.row, a.dstate); });
     for (int64_t i = 0; i < count; i += V::size) {
       const V value = V::load(from_state + i);
@@ -391,7 +443,7 @@ struct Backward {
   void pass_gradient(const Unit& unit, const SsdChunk& chunk, int64_t h, bool leaves) {
     Product<A> p{a.headdim, a.dstate, chunk.length, grown_dy, 1, width, keys.C, keys.row, gradient(h), keys.row};
     if (leaves) p.start = gradient(h), p.scale = &decays.all;
-    multiply(p);
+    multiply_ahead(p);
     if (chunk.entry == SsdEntry::carried) {
       transpose(gradient(h), keys.row, a.headdim, a.dstate, turned_gradient(h), width);
     } else if (a.grad_initial != nullptr) {
@@ -410,10 +462,10 @@ struct Backward {
     const int64_t tokens = chunk.length, pairs = keys.pair_row;
     Product<A> to_B{tokens, a.dstate, tokens, pair_sums, pairs, 1, keys.C, keys.row, grad_B, keys.row};
     to_B.limit = Depth::from_row, to_B.start = grad_B;
-    multiply(to_B);
+    multiply_ahead(to_B);
     Product<A> to_C{tokens, a.dstate, tokens, pair_sums, 1, pairs, keys.B, keys.row, grad_C, keys.row};
     to_C.limit = Depth::to_row, to_C.start = grad_C;
-    multiply(to_C);
+    multiply_ahead(to_C);
     if (a.head_blocks == 1) {
       store_keys<T>(unit, chunk, grad_B, a.grad_B), store_keys<T>(unit, chunk, grad_C, a.grad_C);
     } else {

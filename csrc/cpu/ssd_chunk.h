@@ -218,7 +218,8 @@ struct Keys {
       const T* row_even = from + token[t] * a.B.token;
       const T* row_odd = t + 1 < chunk.length ? from + token[t + 1] * a.B.token : nullptr;
       for_lanes<V>(a.dstate, [&](int64_t i, auto lanes) {
-        put(B_tokens, row, t, i, V::load(row_even + i, lanes), row_odd == nullptr ? V() : V::load(row_odd + i, lanes));
+        const V odd = row_odd == nullptr ? V() : V::load(row_odd + i, lanes);
+        put_stored<T>(B_tokens, row, t, i, V::load(row_even + i, lanes), odd);
       });
     }
   }

@@ -184,7 +184,7 @@ struct Forward {
       const V weight(decays.left[t] * decays.dt[t]), next_weight(both ? decays.left[t + 1] * decays.dt[t + 1] : A(0));
       for_lanes<V>(a.headdim, [&](int64_t i, auto lanes) {
         const V value = V::load(first + i, lanes), next = both ? V::load(second + i, lanes) : V();
-        put(x, width, t, i, value, next);
+        put_stored<S>(x, width, t, i, value, next);
         if (leaves) put(weighted_x, width, t, i, value * weight, next * next_weight);
       });
     }

@@ -73,6 +73,17 @@ MMK_INLINE void put(Bf16Pair* to, int64_t row, int64_t k, int64_t i, Vec<float> 
 }
 #endif
 
+// The same of numbers that were stored as T: what is bfloat16 already needs no rounding.
+template <class T, class E, class A>
+MMK_INLINE void put_stored(E* to, int64_t row, int64_t k, int64_t i, Vec<A> even, Vec<A> odd) {
+  if constexpr (Factor<E>::depth == 2 && sizeof(T) == 2) {
+    const Words pairs = bit_cast<Words>(even.raw) >> 16 | bit_cast<Words>(odd.raw);
+    __builtin_memcpy(to + k / 2 * row + i, &pairs, sizeof(pairs));
+  } else {
+    put(to, row, k, i, even, odd);
+  }
+}
+
 // ---- products ---------------------------------------------------------------------------------------------------------
 
 enum class Depth { full, to_row, from_row };  // k in [0, depth), [0, row], [row, depth)
