@@ -90,7 +90,7 @@ struct SsdBlockSum {
 };
 
 MMK_KERNEL_BF16(ssd_fwd, SsdForward)
-MMK_KERNEL(ssd_bwd, SsdBackward)
-MMK_KERNEL(ssd_sum_blocks, SsdBlockSum)
+MMK_KERNEL_BF16(ssd_bwd, SsdBackward)
+MMK_KERNEL_BF16(ssd_sum_blocks, SsdBlockSum)
 
 }  // namespace mmkernels

@@ -31,14 +31,67 @@ inline int64_t segment_of(int64_t chunks, size_t bytes_each) {
   return root;
 }
 
+// What the large products of a chunk multiply: those with a state, six of eight.  The products of pairs of tokens stay in
+// numbers, because every one of them counts in the gradients of all steps between the two tokens.
+template <class E>
+struct StateFactors {
+  using A = typename Factor<E>::Sum;
+  static constexpr bool kPairs = Factor<E>::depth > 1;
+
+  int64_t key_elements, elements;     // of a row along dstate, along headdim
+  E *B, *B_tokens, *C_tokens;         // the depth along dstate; over tokens
+  E *weighted_tokens, *weighted;      // e^{s_T - s_j} dt_j x_j, the depth over tokens; along headdim
+  E *grown_tokens, *grown;            // e^{s_i} dY_i alike
+  E *turned_gradient, *gradient;      // dR', the depth over dstate; over headdim
+  E* entering;                        // R, the depth over headdim
+
+  // Pieces of their own for pairs.
+  StateFactors(Arena& arena, const Ssd& a, int64_t row, int64_t width)
+      : key_elements(row / Factor<E>::depth), elements(width / Factor<E>::depth) {
+    if constexpr (kPairs) {
+      const int64_t tokens = a.chunk_tokens, pairs = depth_of<E>(tokens);
+      B = arena.take<E>(tokens * key_elements);
+      B_tokens = arena.take<E>(pairs * row), C_tokens = arena.take<E>(pairs * row);
+      weighted_tokens = arena.take<E>(pairs * width), weighted = arena.take<E>(tokens * elements);
+      grown_tokens = arena.take<E>(pairs * width), grown = arena.take<E>(tokens * elements);
+      turned_gradient = arena.take<E>(depth_of<E>(a.dstate) * width);
+      gradient = arena.take<E>(depth_of<E>(a.headdim) * row), entering = arena.take<E>(depth_of<E>(a.headdim) * row);
+    }
+  }
+
+  // Numbers are factors as they lie.
+  void use(A* key_B, A* key_C, A* weighted_x, A* grown_dy) {
+    if constexpr (!kPairs) {
+      B = B_tokens = key_B, C_tokens = key_C;
+      weighted_tokens = weighted = weighted_x, grown_tokens = grown = grown_dy;
+      turned_gradient = gradient = entering = nullptr;
+    }
+  }
+
+  template <class T>
+  void load_B(const Ssd& a, const SsdChunk& chunk, int64_t batch, int64_t group, int64_t row) {
+    pack_tokens(a.B, head_of<T>(a.B, batch, group), Walk(a, chunk), chunk.length, a.dstate, B_tokens, row);
+  }
+  template <class T>
+  void load(const Ssd& a, const SsdChunk& chunk, int64_t batch, int64_t group, int64_t row) {
+    if constexpr (kPairs) {
+      const Walk token(a, chunk);
+      pack(a.B, head_of<T>(a.B, batch, group), token, chunk.length, a.dstate, B, key_elements);
+      pack_tokens(a.C, head_of<T>(a.C, batch, group), token, chunk.length, a.dstate, C_tokens, row);
+    }
+  }
+};
+
 template <class T>
 struct Backward {
   using A = Arithmetic<T>;
+  using E = Element<T>;
   using V = Vec<A>;
 
   const SsdBackward& a;
   const int64_t width, most_heads, state_size, segment;
   Keys<A> keys;
+  StateFactors<E> factors;
   Decays<A> decays;
   A *x, *stepped_x, *weighted_x;  // x, dt_j x_j, e^{s_T - s_j} dt_j x_j
   A *dy, *grown_dy, *dy_turned;  // dY, e^{s_i} dY_i, and dY as [headdim][tokens]
@@ -61,8 +114,9 @@ struct Backward {
       : a(call), width(padded<A>(a.headdim)), most_heads((a.heads / a.groups + a.head_blocks - 1) / a.head_blocks),
         state_size(a.headdim * padded<A>(a.dstate)),
         segment(segment_of(a.most_chunks, static_cast<size_t>(most_heads * state_size) * sizeof(A))), keys(arena, a),
-        decays(arena, keys.pair_row), upcoming(arena, 8 * a.chunk_tokens + 1) {
-    const int64_t tokens = a.chunk_tokens, pairs = keys.pair_row;
+        factors(arena, a, keys.row, width), decays(arena, keys.pair_row),
+        upcoming(arena, 8 * a.chunk_tokens + a.headdim) {
+    const int64_t tokens = even(a.chunk_tokens), pairs = keys.pair_row;
     A** const by_channel[] = {&x, &stepped_x, &weighted_x, &dy, &grown_dy, &du};
     for (A** rows : by_channel) *rows = arena.take<A>(tokens * width);
     A** const by_token[] = {&products, &weights, &pair_sums};
@@ -81,6 +135,7 @@ struct Backward {
     grad_bias = arena.take<double>(most_heads);
     states = arena.take<A>(segment * most_heads * state_size);
     borders = arena.take<A>((a.most_chunks / segment + 1) * most_heads * state_size);
+    factors.use(keys.B, keys.C, weighted_x, grown_dy);
   }
 
   // Of head 0; those of the other heads follow, state_size apart.
@@ -107,7 +162,8 @@ struct Backward {
 
   // ---- what is wanted next ----
 
-  void multiply_ahead(const Product<A>& p) {
+  template <class Element>
+  void multiply_ahead(const Product<Element>& p) {
     multiply(p, [this] { upcoming.fetch_some(); });
   }
 
@@ -138,7 +194,9 @@ struct Backward {
     want<T>(a.x, batch, token, tokens, head, a.headdim);
     want<T>(a.grad_y, batch, token, tokens, head, a.headdim);
     want_output<T>(a.grad_x, batch, token, tokens, head);
-    if (chunk.entry != SsdEntry::zero) upcoming.read(entering, state_size * sizeof(A));
+    for (int64_t i = 0; i < a.headdim && chunk.entry != SsdEntry::zero; ++i) {
+      upcoming.read(entering + i * keys.row, a.dstate * sizeof(A));
+    }
     if (a.z.data == nullptr) return;
     want<T>(a.z, batch, token, tokens, head, a.headdim);
     want_output<T>(a.grad_z, batch, token, tokens, head);
@@ -175,16 +233,17 @@ struct Backward {
   void advance(const Unit& unit, int64_t c, const A* from, A* to) {
     const SsdChunk& chunk = a.chunk[c];
     if (a.chunk[c + 1].entry != SsdEntry::carried) return;
-    keys.template load_B<T>(a, chunk, unit.row->batch, unit.group);
+    factors.template load_B<T>(a, chunk, unit.row->batch, unit.group, keys.row);
     for (int64_t h = 0; h < unit.heads; ++h, from += state_size, to += state_size) {
       upcoming.clear();
       if (h + 1 < unit.heads) {
         want<T>(a.x, unit.row->batch, Walk(a, chunk), chunk.length, unit.first_head + h + 1, a.headdim);
-        upcoming.write(to + state_size, state_size * sizeof(A));
+        for (int64_t i = 0; i < a.headdim; ++i) upcoming.write(to + state_size + i * keys.row, a.dstate * sizeof(A));
       }
       decays.compute(a, chunk, unit.row->batch, unit.first_head + h);
       load_weighted_x(chunk, unit.row->batch, unit.first_head + h);
-      Product<A> update{a.headdim, a.dstate, chunk.length, weighted_x, 1, width, keys.B, keys.row, to, keys.row};
+      Product<E> update{a.headdim, a.dstate, depth_of<E>(chunk.length), factors.weighted_tokens, 1, width,
+                        factors.B_tokens, keys.row, to, keys.row};
       if (chunk.entry != SsdEntry::zero) update.start = from, update.scale = &decays.all;
       multiply_ahead(update);
     }
@@ -193,11 +252,14 @@ struct Backward {
   void load_weighted_x(const SsdChunk& chunk, int64_t batch, int64_t head) {
     const T* rows = head_of<T>(a.x, batch, head);
     const Walk token(a, chunk);
-    for (int64_t t = 0; t < chunk.length; ++t) {
-      const T* from = rows + token[t] * a.x.token;
+    for (int64_t t = 0; t < chunk.length; t += 2) {
+      const bool both = t + 1 < chunk.length;
+      const T *from = rows + token[t] * a.x.token, *next = both ? rows + token[t + 1] * a.x.token : from;
       const V dt(decays.dt[t]), left(decays.left[t]);
+      const V next_dt(both ? decays.dt[t + 1] : A(0)), next_left(both ? decays.left[t + 1] : A(0));
       for_lanes<V>(a.headdim, [&](int64_t i, auto lanes) {
-        (V::load(from + i, lanes) * dt * left).store(weighted_x + t * width + i);
+        const V odd = both ? V::load(next + i, lanes) * next_dt * next_left : V();
+        put(factors.weighted_tokens, width, t, i, V::load(from + i, lanes) * dt * left, odd);
       });
     }
   }
@@ -213,6 +275,7 @@ struct Backward {
         value.store(x + t * width + i);
         stepped.store(stepped_x + t * width + i);
         (stepped * left).store(weighted_x + t * width + i);
+        if constexpr (StateFactors<E>::kPairs) put_along(factors.weighted, factors.elements, t, i, stepped * left);
       });
     }
   }
@@ -238,6 +301,7 @@ struct Backward {
   void one_chunk(const Unit& unit, const SsdChunk& chunk, int64_t number) {
     if (chunk.padding) return pad(unit, chunk);
     keys.template load<T>(a, chunk, unit.row->batch, unit.group);
+    factors.template load<T>(a, chunk, unit.row->batch, unit.group, keys.row);
     for (int64_t h = 0; h < unit.heads; ++h) {
       if (!chunk.leaves) empty[h] = true;
       upcoming.clear();
@@ -289,10 +353,22 @@ struct Backward {
           value = value * z * s;
         }
         value.store(dy + t * width + i);
-        (value * grown).store(grown_dy + t * width + i);
+        put_along(factors.grown, factors.elements, t, i, value * grown);
       });
     }
+    if constexpr (StateFactors<E>::kPairs) pair_grown(chunk.length);
     transpose(dy, width, chunk.length, a.headdim, dy_turned, keys.pair_row);
+  }
+
+  void pair_grown(int64_t tokens) {
+    for (int64_t t = 0; t < tokens; t += 2) {
+      const bool both = t + 1 < tokens;
+      const V grown(decays.grown[t]), next_grown(both ? decays.grown[t + 1] : A(0));
+      for (int64_t i = 0; i < width; i += V::size) {
+        const V odd = both ? V::load(dy + (t + 1) * width + i) * next_grown : V();
+        put(factors.grown_tokens, width, t, i, V::load(dy + t * width + i) * grown, odd);
+      }
+    }
   }
 
   // All that is made of pairs of tokens: weights, pair_sums, and w_k = sum_{j < k <= i} W_ij (B_j . C_i).
@@ -341,7 +417,9 @@ struct Backward {
     Product<A> inside{tokens, a.headdim, tokens, weights, keys.pair_row, 1, dy, width, du, width};
     inside.limit = Depth::from_row;
     if (leaves) {
-      multiply_ahead(Product<A>{tokens, a.headdim, a.dstate, keys.B, keys.row, 1, turned_gradient(h), width, du, width});
+      const E* gradient = factor_of(turned_gradient(h), a.dstate, width, factors.turned_gradient);
+      multiply_ahead(Product<E>{tokens, a.headdim, depth_of<E>(a.dstate), factors.B, factors.key_elements, 1, gradient,
+                                width, du, width});
       sum_rows<A>(tokens, q, [&](int64_t t) { return row_product(weighted_x + t * width, du + t * width, a.headdim); });
       inside.start = du, inside.scale = decays.left, inside.scale_row = 1;
     }
@@ -380,7 +458,8 @@ struct Backward {
   void key_gradients(int64_t tokens, int64_t h, const A* entering, bool enters, bool leaves) {
     const int64_t count = tokens * keys.row;
     if (leaves) {
-      Product<A> p{tokens, a.dstate, a.headdim, weighted_x, width, 1, gradient(h), keys.row, grad_B, keys.row};
+      Product<E> p{tokens, a.dstate, depth_of<E>(a.headdim), factors.weighted, factors.elements, 1,
+                   factor_of(gradient(h), a.headdim, keys.row, factors.gradient), keys.row, grad_B, keys.row};
       if (h > 0) p.start = grad_B;
       multiply_ahead(p);
     } else if (h == 0) {
@@ -390,7 +469,9 @@ struct Backward {
       if (h == 0) clear(grad_C, count);
       return;
     }
-    multiply_ahead(Product<A>{tokens, a.dstate, a.headdim, grown_dy, width, 1, entering, keys.row, from_state, keys.row});
+    const E* state = factor_of(entering, a.headdim, keys.row, factors.entering);
+    multiply_ahead(Product<E>{tokens, a.dstate, depth_of<E>(a.headdim), factors.grown, factors.elements, 1, state,
+                              keys.row, from_state, keys.row});
     sum_rows<A>(tokens, r, [&](int64_t t) { return row_product(from_state + t * keys.row, keys.C + t * keys.row, a.dstate); });
     for (int64_t i = 0; i < count; i += V::size) {
       const V value = V::load(from_state + i);
@@ -441,7 +522,8 @@ struct Backward {
 
   // dR' of the chunk before, or the gradient of the initial state.
   void pass_gradient(const Unit& unit, const SsdChunk& chunk, int64_t h, bool leaves) {
-    Product<A> p{a.headdim, a.dstate, chunk.length, grown_dy, 1, width, keys.C, keys.row, gradient(h), keys.row};
+    Product<E> p{a.headdim, a.dstate, depth_of<E>(chunk.length), factors.grown_tokens, 1, width, factors.C_tokens,
+                 keys.row, gradient(h), keys.row};
     if (leaves) p.start = gradient(h), p.scale = &decays.all;
     multiply_ahead(p);
     if (chunk.entry == SsdEntry::carried) {

@@ -173,6 +173,26 @@ MMK_INLINE void transpose(const Bf16Pair* from, int64_t from_row, int64_t rows, 
 }
 #endif
 
+// What products multiply when elements are stored as T.
+#if defined(__AVX512BF16__)
+template <class T> using Element = Bf16Pair;
+#else
+template <class T> using Element = Arithmetic<T>;
+#endif
+
+// The tokens of a chunk, of one head or group, as a factor whose depth runs over them.
+template <class E, class T>
+MMK_INLINE void pack_tokens(const SsdIn& in, const T* from, const Walk& token, int64_t tokens, int64_t width, E* to,
+                            int64_t to_row) {
+  using V = Vec<typename Factor<E>::Sum>;
+  for (int64_t t = 0; t < tokens; t += 2) {
+    const T *even = from + token[t] * in.token, *odd = t + 1 < tokens ? from + token[t + 1] * in.token : nullptr;
+    for_lanes<V>(width, [&](int64_t i, auto lanes) {
+      put_stored<T>(to, to_row, t, i, V::load(even + i, lanes), odd == nullptr ? V() : V::load(odd + i, lanes));
+    });
+  }
+}
+
 MMK_INLINE int64_t even(int64_t n) { return (n + 1) / 2 * 2; }
 
 // B and C of one chunk and group as factors of products, and all the products B_j . C_i with i >= j.
@@ -201,27 +221,15 @@ struct Keys {
   template <class T>
   void load(const Ssd& a, const SsdChunk& chunk, int64_t batch, int64_t group) {
     load_B<T>(a, chunk, batch, group);
-    if constexpr (Factor<E>::depth > 1) pair_tokens(a, chunk, head_of<T>(a.B, batch, group));
+    if constexpr (Factor<E>::depth > 1) {
+      pack_tokens(a.B, head_of<T>(a.B, batch, group), Walk(a, chunk), chunk.length, a.dstate, B_tokens, row);
+    }
     pack(a.C, head_of<T>(a.C, batch, group), Walk(a, chunk), chunk.length, a.dstate, C, elements);
     const int64_t depth = depth_of<E>(a.dstate);
     transpose(C, elements, chunk.length, depth, transposed, pair_row);
     Product<E> p{chunk.length, chunk.length, depth, B, elements, 1, transposed, pair_row, scores, pair_row};
     p.upper = true;
     multiply(p);
-  }
-
- private:
-  template <class T>
-  void pair_tokens(const Ssd& a, const SsdChunk& chunk, const T* from) {
-    const Walk token(a, chunk);
-    for (int64_t t = 0; t < chunk.length; t += 2) {
-      const T* row_even = from + token[t] * a.B.token;
-      const T* row_odd = t + 1 < chunk.length ? from + token[t + 1] * a.B.token : nullptr;
-      for_lanes<V>(a.dstate, [&](int64_t i, auto lanes) {
-        const V odd = row_odd == nullptr ? V() : V::load(row_odd + i, lanes);
-        put_stored<T>(B_tokens, row, t, i, V::load(row_even + i, lanes), odd);
-      });
-    }
   }
 };
 

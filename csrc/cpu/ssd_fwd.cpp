@@ -9,12 +9,6 @@ namespace mmkernels::MMK_ISA_NS {
 
 namespace {
 
-#if defined(__AVX512BF16__)
-template <class T> using Element = Bf16Pair;
-#else
-template <class T> using Element = Arithmetic<T>;
-#endif
-
 // Rows of x: of the tensor, or what a convolution made of them.
 template <class S>
 struct Rows {
@@ -37,7 +31,7 @@ struct Forward {
   E *x, *weighted_x, *weights;  // the depth over tokens
   A* y;  // rows of one register tile
   A* states;
-  E* entering;  // a state, the depth over dstate.  For numbers that is the state itself.
+  E* entering;  // a state as pairs
   bool* empty;  // of each head: its state is zero
   Upcoming upcoming;
   A* convolved;    // x
@@ -140,7 +134,7 @@ struct Forward {
     const int64_t tokens = chunk.length;
     load_x(tokens, rows, leaves);
     fill_weights(tokens);
-    const E* entered = nothing_enters ? nullptr : factor_of(state);
+    const E* entered = nothing_enters ? nullptr : factor_of(state, a.dstate, width, entering);
     // A few rows at a time: what they wait for, to be read or written, comes while the next ones are multiplied.
     for (int64_t row = 0; row < tokens; row += kTileRows) {
       const int64_t count = tokens - row < kTileRows ? tokens - row : kTileRows;
@@ -159,20 +153,6 @@ struct Forward {
     Product<E> update{a.dstate, a.headdim, depth, keys.B_tokens, 1, keys.row, weighted_x, width, state, width};
     if (!nothing_enters) update.start = state, update.scale = &decays.all;
     multiply(update, [this] { upcoming.fetch_some(); });
-  }
-
-  const E* factor_of(const A* state) {
-    if constexpr (Factor<E>::depth == 1) {
-      return state;
-    } else {
-      for (int64_t n = 0; n < a.dstate; n += 2) {
-        const A *row = state + n * width, *next = n + 1 < a.dstate ? row + width : nullptr;
-        for (int64_t i = 0; i < width; i += V::size) {
-          put(entering, width, n, i, V::load(row + i), next == nullptr ? V() : V::load(next + i));
-        }
-      }
-      return entering;
-    }
   }
 
   // x, and e^{s_T - s_j} dt_j x_j where the leaving state needs it.

@@ -73,7 +73,18 @@ MMK_INLINE void put(Bf16Pair* to, int64_t row, int64_t k, int64_t i, Vec<float> 
 }
 #endif
 
-// The same of numbers that were stored as T: what is bfloat16 already needs no rounding.
+// Row k of a factor whose depth runs along rows, from lane i on; rows are `row` elements apart.
+template <class A> MMK_INLINE void put_along(A* to, int64_t row, int64_t k, int64_t i, Vec<A> values) {
+  values.store(to + k * row + i);
+}
+#if defined(__AVX512BF16__)
+MMK_INLINE void put_along(Bf16Pair* to, int64_t row, int64_t k, int64_t i, Vec<float> values) {
+  const __m256bh narrowed = _mm512_cvtneps_pbh(values.raw);
+  __builtin_memcpy(to + k * row + i / 2, &narrowed, sizeof(narrowed));
+}
+#endif
+
+// put() of numbers that were stored as T: what is bfloat16 already needs no rounding.
 template <class T, class E, class A>
 MMK_INLINE void put_stored(E* to, int64_t row, int64_t k, int64_t i, Vec<A> even, Vec<A> odd) {
   if constexpr (Factor<E>::depth == 2 && sizeof(T) == 2) {
@@ -81,6 +92,23 @@ MMK_INLINE void put_stored(E* to, int64_t row, int64_t k, int64_t i, Vec<A> even
     __builtin_memcpy(to + k / 2 * row + i, &pairs, sizeof(pairs));
   } else {
     put(to, row, k, i, even, odd);
+  }
+}
+
+// A matrix of numbers as a factor whose depth runs over its rows; pairs are made in `scratch`.
+template <class E, class A>
+const E* factor_of(const A* from, int64_t rows, int64_t row, [[maybe_unused]] E* scratch) {
+  if constexpr (Factor<E>::depth == 1) {
+    return from;
+  } else {
+    using V = Vec<A>;
+    for (int64_t k = 0; k < rows; k += 2) {
+      const A *even = from + k * row, *odd = k + 1 < rows ? even + row : nullptr;
+      for (int64_t i = 0; i < row; i += V::size) {
+        put(scratch, row, k, i, V::load(even + i), odd == nullptr ? V() : V::load(odd + i));
+      }
+    }
+    return scratch;
   }
 }
 

@@ -121,8 +121,9 @@ def ssd_scan(
         BackendError: the named backend cannot run the call.
 
     Numerics:
-        16-bit inputs are computed and accumulated in float32, rounded once on output; float64 stays float64.  Exponents
-        that are differences of prefix sums are clamped at 0.  Deterministic.
+        16-bit inputs are computed and accumulated in float32, rounded once on output; float64 stays float64.  On CPUs
+        that are fast at it (AMD from Zen 4 on) the native backend rounds factors of bfloat16 products to bfloat16, sums
+        and states stay float32.  Exponents that are differences of prefix sums are clamped at 0.  Deterministic.
 
     Cost:
         About seqlen nheads (chunk_size (headdim + dstate ngroups/nheads) + 2 headdim dstate) multiply-adds; memory
