@@ -43,7 +43,7 @@ struct Forward {
         weighted_x(take_factor(arena, width)), weights(take_factor(arena, keys.pair_row)),
         y(arena.take<A>(kTileRows * width)), states(arena.take<A>(most_heads() * a.dstate * width)),
         entering(Factor<E>::depth == 1 ? nullptr : arena.take<E>(depth_of<E>(a.dstate) * width)),
-        empty(arena.take<bool>(most_heads())), upcoming(arena, 5 * a.chunk_tokens),
+        empty(arena.take<bool>(most_heads())), upcoming(arena, 6 * a.chunk_tokens),
         convolved(a.conv.width > 0 ? arena.take<A>(a.chunk_tokens * width) : nullptr),
         taken(arena.take<const T*>(a.conv.width + kRowsAtOnce)), nothing(arena.take<T>(a.headdim)) {}
 
@@ -111,6 +111,10 @@ struct Forward {
     }
     const T* from = head_of<T>(a.x, batch, head);
     for (int64_t t = 0; t < next.length; ++t) upcoming.read(from + token[t] * a.x.token, a.headdim * of_x);
+    const T* gates = a.z.data == nullptr ? nullptr : head_of<T>(a.z, batch, head);
+    for (int64_t t = 0; t < next.length && gates != nullptr; ++t) {
+      upcoming.read(gates + token[t] * a.z.token, a.headdim * of_x);
+    }
     const char* out = static_cast<const char*>(a.y);
     for (int64_t t = 0; t < next.length; ++t) {
       upcoming.write(out + dense(a, batch, token[t], head, a.heads, a.headdim) * of_y, a.headdim * of_y);
