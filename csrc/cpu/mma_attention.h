@@ -66,7 +66,7 @@ struct AttentionBackward : Attention {
   void *grad_q, *grad_k, *grad_v;  // dense
 };
 
-MMK_KERNEL(mma_attention_fwd, AttentionForward)
+MMK_KERNEL_BF16(mma_attention_fwd, AttentionForward)
 MMK_KERNEL(mma_attention_few, AttentionForward)
 MMK_KERNEL(mma_attention_join, AttentionForward)
 MMK_KERNEL(mma_attention_mass, AttentionMass)

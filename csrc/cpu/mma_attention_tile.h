@@ -73,35 +73,42 @@ void for_tasks(const Call& a) {
 // Which part of a product a block of rows needs: k in [from, to), vectors of columns in [first, last).
 struct Part {
   int64_t from, to, first, last;
+
+  // From terms along the depth to elements, those included that hold a term more at an end.
+  template <class E> MMK_INLINE Part in_elements() const {
+    return {from / Factor<E>::depth, depth_of<E>(to), first, last};
+  }
 };
 
-template <class A, bool depth_dense, int R, int J>
-MMK_INLINE void panel_tile(const Product<A>& p, int64_t row, int64_t first, const Part& part) {
-  product_tile<A, R, J, depth_dense>(p, row, first * Vec<A>::size, part.from, part.to);
+template <class E, bool depth_dense, int R, int J>
+MMK_INLINE void panel_tile(const Product<E>& p, int64_t row, int64_t first, const Part& part) {
+  product_tile<E, R, J, depth_dense>(p, row, first * Vec<typename Factor<E>::Sum>::size, part.from, part.to);
 }
 
-template <class A, bool depth_dense, int R>
-MMK_INLINE void panel_rows(const Product<A>& p, int64_t row, int64_t first, int64_t last, const Part& part) {
+template <class E, bool depth_dense, int R>
+MMK_INLINE void panel_rows(const Product<E>& p, int64_t row, int64_t first, int64_t last, const Part& part) {
   switch (last - first) {
-    case 1: return panel_tile<A, depth_dense, R, 1>(p, row, first, part);
-    case 2: return panel_tile<A, depth_dense, R, 2>(p, row, first, part);
+    case 1: return panel_tile<E, depth_dense, R, 1>(p, row, first, part);
+    case 2: return panel_tile<E, depth_dense, R, 2>(p, row, first, part);
     default:
       if constexpr (kTileVectors == 4) {
-        if (last - first == 3) return panel_tile<A, depth_dense, R, 3>(p, row, first, part);
-        if constexpr (R <= 6) return panel_tile<A, depth_dense, R, 4>(p, row, first, part);
+        if (last - first == 3) return panel_tile<E, depth_dense, R, 3>(p, row, first, part);
+        if constexpr (R <= 6) return panel_tile<E, depth_dense, R, 4>(p, row, first, part);
       }
   }
 }
 
-// Scores [key][query] of n keys, whose rows are `width` apart, and the turned queries [headdim][query].
-template <class A>
-MMK_INLINE Product<A> scores_of(int64_t n, int64_t headdim, const A* keys, int64_t width, const A* queries, A* scores) {
-  return {n, kQueryTile, headdim, keys, width, 1, queries, kQueryTile, scores, kQueryTile};
+// Scores [key][query] of n keys, whose rows are `width` elements apart, and the turned queries [depth][query].
+template <class E>
+MMK_INLINE Product<E> scores_of(int64_t n, int64_t headdim, const E* keys, int64_t width, const E* queries,
+                                typename Factor<E>::Sum* scores) {
+  return {n, kQueryTile, depth_of<E>(headdim), keys, width, 1, queries, kQueryTile, scores, kQueryTile};
 }
 
-// p, of every block of rows the part that part_of(row, rows) asks for; an empty depth leaves c as it was.
-template <class A, bool depth_dense, class PartOf>
-void multiply_parts(const Product<A>& p, const PartOf& part_of) {
+// p, of every block of rows the part (in elements) that part_of(row, rows) asks for; an empty depth leaves c as it was.
+template <class E, bool depth_dense, class PartOf>
+void multiply_parts(const Product<E>& p, const PartOf& part_of) {
+  using A = typename Factor<E>::Sum;
   const int64_t vectors = padded<A>(p.columns) / Vec<A>::size;
   const int64_t panels = (vectors + kTileVectors - 1) / kTileVectors;
   for (int64_t panel = 0, begin = 0; panel < panels; ++panel) {
@@ -114,11 +121,11 @@ void multiply_parts(const Product<A>& p, const PartOf& part_of) {
       const int64_t first = most(begin, part.first), last = least(end, part.last);
       if (part.from < part.to && first < last) {
         switch (rows) {
-          case 8: panel_rows<A, depth_dense, 8>(p, row, first, last, part); break;
-          case 6: panel_rows<A, depth_dense, 6>(p, row, first, last, part); break;
-          case 4: panel_rows<A, depth_dense, 4>(p, row, first, last, part); break;
-          case 2: panel_rows<A, depth_dense, 2>(p, row, first, last, part); break;
-          default: panel_rows<A, depth_dense, 1>(p, row, first, last, part);
+          case 8: panel_rows<E, depth_dense, 8>(p, row, first, last, part); break;
+          case 6: panel_rows<E, depth_dense, 6>(p, row, first, last, part); break;
+          case 4: panel_rows<E, depth_dense, 4>(p, row, first, last, part); break;
+          case 2: panel_rows<E, depth_dense, 2>(p, row, first, last, part); break;
+          default: panel_rows<E, depth_dense, 1>(p, row, first, last, part);
         }
       }
       row += rows;
@@ -254,17 +261,31 @@ struct Mask {
   }
 
   // Makes the scores of vector v ready for a softmax: -inf where masked, between its first and last live key; 0 in the
-  // other keys' rows, because products read whole rectangles around what is live.
+  // other keys' rows.
   void apply(const Rows96& rows, int64_t v, A* scores) const {
+    hide(rows, v, scores, -static_cast<A>(__builtin_inf()));
+    clear_rest(v, scores);
+  }
+
+  // The first half of that, with the value that masked scores get.
+  void hide(const Rows96& rows, int64_t v, A* scores, A masked) const {
     if (full) return;
     A* column = scores + v * V::size;
-    const V none(-static_cast<A>(__builtin_inf()));
+    const V none(masked);
     for_live(rows, v, [&](int64_t j, typename V::Bits keep) {
       A* score = column + j * kQueryTile;
       select<A>(keep, V::load(score), none).store(score);
     });
-    for (int64_t j = 0; j < least(vector_lo[v], keys); ++j) V().store(column + j * kQueryTile);
-    for (int64_t j = vector_hi[v]; j < keys; ++j) V().store(column + j * kQueryTile);
+  }
+
+  // And the second, of a factor whose depth runs over keys: products read whole rectangles around what is live.
+  template <class E>
+  void clear_rest(int64_t v, E* to) const {
+    if (full) return;
+    E* column = to + v * V::size;
+    const auto clear = [&](int64_t row) { __builtin_memset(column + row * kQueryTile, 0, sizeof(V)); };
+    for (int64_t row = 0; row < vector_lo[v] / Factor<E>::depth; ++row) clear(row);
+    for (int64_t row = depth_of<E>(vector_hi[v]); row < depth_of<E>(keys); ++row) clear(row);
   }
 
   // change(row of scores, keep) for each key of vector v that encloses a live one: keep is all ones in live lanes.
@@ -310,13 +331,10 @@ MMK_INLINE void for_fours(int64_t lo, int64_t hi, const Work& work) {
 
 // ---- packing -------------------------------------------------------------------------------------------------------
 
-// Rows of consecutive elements into rows `width` apart, padded with zeros to whole vectors.
-template <class A, class T>
-void pack_rows(const T* from, int64_t step, int64_t rows, int64_t dim, A* to, int64_t width) {
-  using V = Vec<A>;
-  for (int64_t r = 0; r < rows; ++r, from += step, to += width) {
-    for_lanes<V>(dim, [&](int64_t i, auto lanes) { V::load(from + i, lanes).store(to + i); });
-  }
+// Rows of consecutive numbers into rows `width` elements apart, padded with zeros to whole vectors.
+template <class E, class T>
+void pack_rows(const T* from, int64_t step, int64_t rows, int64_t dim, E* to, int64_t width) {
+  for (int64_t r = 0; r < rows; ++r, from += step, to += width) pack_row(from, dim, to);
 }
 
 // to[c][r] = factor row(r)[c] for r < rows, 0 up to the next whole vector.  Rows of `to` are kQueryTile apart.

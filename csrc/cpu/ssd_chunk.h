@@ -143,53 +143,22 @@ template <class A> MMK_INLINE int64_t first_read(int64_t j) {
 // `tokens` rows of `width` elements, `step` apart, widened and padded with zeros.
 template <class A, class T>
 MMK_INLINE void pack(const T* from, int64_t step, int64_t tokens, int64_t width, A* to, int64_t to_row) {
-  for (int64_t t = 0; t < tokens; ++t, from += step, to += to_row) {
-    for_lanes<Vec<A>>(width, [&](int64_t i, auto lanes) { Vec<A>::load(from + i, lanes).store(to + i); });
-  }
+  for (int64_t t = 0; t < tokens; ++t, from += step, to += to_row) pack_row(from, width, to);
 }
 
 // The tokens of a chunk, of one head or group.
-template <class A, class T>
-MMK_INLINE void pack(const SsdIn& in, const T* from, const Walk& token, int64_t tokens, int64_t width, A* to, int64_t to_row) {
-  for (int64_t t = 0; t < tokens; ++t, to += to_row) {
-    const T* row = from + token[t] * in.token;
-    for_lanes<Vec<A>>(width, [&](int64_t i, auto lanes) { Vec<A>::load(row + i, lanes).store(to + i); });
-  }
+template <class E, class T>
+MMK_INLINE void pack(const SsdIn& in, const T* from, const Walk& token, int64_t tokens, int64_t width, E* to, int64_t to_row) {
+  for (int64_t t = 0; t < tokens; ++t, to += to_row) pack_row(from + token[t] * in.token, width, to);
 }
 
-#if defined(__AVX512BF16__)
-// As pairs along a row.
-MMK_INLINE void pack(const SsdIn& in, const bf16* from, const Walk& token, int64_t tokens, int64_t width, Bf16Pair* to,
-                     int64_t to_row) {
-  const size_t bytes = static_cast<size_t>(width) * sizeof(bf16), all = static_cast<size_t>(to_row) * sizeof(Bf16Pair);
-  for (int64_t t = 0; t < tokens; ++t, to += to_row) {
-    __builtin_memcpy(to, from + token[t] * in.token, bytes);
-    __builtin_memset(reinterpret_cast<char*>(to) + bytes, 0, all - bytes);
-  }
-}
-MMK_INLINE void transpose(const Bf16Pair* from, int64_t from_row, int64_t rows, int64_t columns, Bf16Pair* to,
-                          int64_t to_row) {
-  transpose(reinterpret_cast<const float*>(from), from_row, rows, columns, reinterpret_cast<float*>(to), to_row);
-}
-#endif
-
-// What products multiply when elements are stored as T.
-#if defined(__AVX512BF16__)
-template <class T> using Element = Bf16Pair;
-#else
-template <class T> using Element = Arithmetic<T>;
-#endif
-
-// The tokens of a chunk, of one head or group, as a factor whose depth runs over them.
+// The same as a factor whose depth runs over the tokens.
 template <class E, class T>
 MMK_INLINE void pack_tokens(const SsdIn& in, const T* from, const Walk& token, int64_t tokens, int64_t width, E* to,
                             int64_t to_row) {
-  using V = Vec<typename Factor<E>::Sum>;
   for (int64_t t = 0; t < tokens; t += 2) {
-    const T *even = from + token[t] * in.token, *odd = t + 1 < tokens ? from + token[t + 1] * in.token : nullptr;
-    for_lanes<V>(width, [&](int64_t i, auto lanes) {
-      put_stored<T>(to, to_row, t, i, V::load(even + i, lanes), odd == nullptr ? V() : V::load(odd + i, lanes));
-    });
+    const T* odd = t + 1 < tokens ? from + token[t + 1] * in.token : nullptr;
+    put_rows(to, to_row, t, from + token[t] * in.token, odd, width);
   }
 }
 
@@ -199,7 +168,6 @@ MMK_INLINE int64_t even(int64_t n) { return (n + 1) / 2 * 2; }
 template <class E>
 struct Keys {
   using A = typename Factor<E>::Sum;
-  using V = Vec<A>;
 
   int64_t row, pair_row;  // numbers in a row of B and C; in a row of pairs of tokens
   int64_t elements;       // of a row of B and C

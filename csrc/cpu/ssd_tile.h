@@ -1,8 +1,9 @@
-// Matrix pieces of the state-space scan: products in register tiles, transposes, sums of rows.  Included by csrc/cpu/ssd_*.
+// Matrix pieces of the state-space scan and of attention: factors, products in register tiles, transposes, sums of rows.
 //
 // Matrices live in scratch memory with rows padded to whole vectors, so that nothing here sees a partial vector.
 #pragma once
 
+#include "common/rows.h"
 #include "common/vec.h"
 
 namespace mmkernels::MMK_ISA_NS {
@@ -53,6 +54,13 @@ template <> struct Factor<Bf16Pair> {
     return _mm512_dpbf16_ps(sum.raw, bit_cast<__m512bh>(a), bit_cast<__m512bh>(b));
   }
 };
+#endif
+
+// What tensors stored as T are multiplied as.
+#if defined(__AVX512BF16__)
+template <class T> using Element = Bf16Pair;
+#else
+template <class T> using Element = Arithmetic<T>;
 #endif
 
 template <class E> MMK_INLINE int64_t depth_of(int64_t terms) { return (terms + Factor<E>::depth - 1) / Factor<E>::depth; }
@@ -111,6 +119,32 @@ const E* factor_of(const A* from, int64_t rows, int64_t row, [[maybe_unused]] E*
     return scratch;
   }
 }
+
+// Whole rows of `width` numbers, padded with zeros to whole vectors, as rows k and k + 1 of such a factor; null is a row of
+// zeros.
+template <class E, class T>
+MMK_INLINE void put_rows(E* to, int64_t row, int64_t k, const T* even, const T* odd, int64_t width) {
+  using V = Vec<typename Factor<E>::Sum>;
+  for_lanes<V>(width, [&](int64_t i, auto lanes) {
+    const V first = even == nullptr ? V() : V::load(even + i, lanes);
+    put_stored<T>(to, row, k, i, first, odd == nullptr ? V() : V::load(odd + i, lanes));
+  });
+}
+
+// `width` numbers to a row of a factor whose depth runs along rows, padded with zeros to whole vectors.
+template <class A, class T>
+MMK_INLINE void pack_row(const T* from, int64_t width, A* to) {
+  for_lanes<Vec<A>>(width, [&](int64_t i, auto lanes) { Vec<A>::load(from + i, lanes).store(to + i); });
+}
+#if defined(__AVX512BF16__)
+// ... of pairs, padded with zeros to as many as a vector has numbers.
+MMK_INLINE void pack_row(const bf16* from, int64_t width, Bf16Pair* to) {
+  const size_t bytes = static_cast<size_t>(width) * sizeof(bf16);
+  const size_t all = static_cast<size_t>(padded<float>(width)) * sizeof(bf16);
+  __builtin_memcpy(to, from, bytes);
+  __builtin_memset(reinterpret_cast<char*>(to) + bytes, 0, all - bytes);
+}
+#endif
 
 // ---- products ---------------------------------------------------------------------------------------------------------
 
@@ -280,6 +314,12 @@ void transpose(const A* from, int64_t from_row, int64_t rows, int64_t columns, A
     }
   }
 }
+#if defined(__AVX512BF16__)
+MMK_INLINE void transpose(const Bf16Pair* from, int64_t from_row, int64_t rows, int64_t columns, Bf16Pair* to,
+                          int64_t to_row) {
+  transpose(reinterpret_cast<const float*>(from), from_row, rows, columns, reinterpret_cast<float*>(to), to_row);
+}
+#endif
 
 // The same into dense unpadded rows of `to`.
 template <class A>

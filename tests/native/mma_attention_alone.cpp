@@ -1,5 +1,5 @@
 // The attention kernels without torch (alone.h): every storage type, masks of every kind, sizes around the tiles; and
-// in float and double against the formula with plain loops, so that a planted fault shows by the name of what it spoils.
+// but for float16 against the formula with plain loops, so that a planted fault shows by the name of what it spoils.
 #include <cmath>
 #include <random>
 
@@ -47,25 +47,37 @@ struct MaskOf {
   }
 };
 
-bool exact(Storage storage) { return storage == Storage::f32 || storage == Storage::f64; }
+// Whether the formula is compared with.
+bool compared(Storage storage) { return storage != Storage::f16; }
 
 double read(Storage storage, const std::vector<unsigned char>& memory, int64_t i) {
   double wide;
   float single;
+  uint16_t brain;
   if (storage == Storage::f64) return std::memcpy(&wide, memory.data() + 8 * i, 8), wide;
+  if (storage == Storage::bf16) {
+    std::memcpy(&brain, memory.data() + 2 * i, 2);
+    const uint32_t word = static_cast<uint32_t>(brain) << 16;
+    return std::memcpy(&single, &word, 4), single;
+  }
   return std::memcpy(&single, memory.data() + 4 * i, 4), single;
 }
 
-// Normal numbers, or those of alone.h where the type has 16 bits.
+// Normal numbers, or those of alone.h in float16.
 std::vector<unsigned char> normal(Storage storage, int64_t n, unsigned seed) {
-  if (!exact(storage)) return values(storage, n);
+  if (!compared(storage)) return values(storage, n);
   std::vector<unsigned char> memory(n * bytes_of(storage));
   std::mt19937 bits(seed);
   for (int64_t i = 0; i < n; ++i) {
     double wide = -6;  // a sum of twelve uniform numbers, the same with every standard library
     for (int k = 0; k < 12; ++k) wide += static_cast<double>(bits()) / 4294967296.0;
     const float single = static_cast<float>(wide);
-    const void* source = storage == Storage::f64 ? static_cast<const void*>(&wide) : &single;
+    uint32_t word;
+    std::memcpy(&word, &single, 4);
+    const uint16_t brain = static_cast<uint16_t>(word >> 16);
+    const void* source = storage == Storage::f64   ? static_cast<const void*>(&wide)
+                         : storage == Storage::f32 ? static_cast<const void*>(&single)
+                                                   : &brain;
     std::memcpy(memory.data() + i * bytes_of(storage), source, bytes_of(storage));
   }
   return memory;
@@ -83,8 +95,9 @@ void require_close(const char* what, Storage storage, const std::vector<unsigned
     if (std::isinf(want[i]) && value == want[i]) continue;
     error += (value - want[i]) * (value - want[i]), norm += want[i] * want[i];
   }
-  // Rounding makes some 1e-7 (1e-16) of the norm; every planted fault more than a thousand times that.
-  if (std::sqrt(error) <= (storage == Storage::f64 ? 1e-12 : 4e-6) * std::sqrt(norm)) return;
+  // Rounding makes some 1e-7 (1e-16, 2e-3) of the norm; every planted fault more than ten times the limit.
+  const double limit = storage == Storage::f64 ? 1e-12 : storage == Storage::f32 ? 4e-6 : 6e-3;
+  if (std::sqrt(error) <= limit * std::sqrt(norm)) return;
   std::printf("%s: wrong by %g of its norm\n", what, std::sqrt(error / norm));
   std::exit(1);
 }
@@ -180,7 +193,7 @@ void attend(Storage storage, const Sizes& s, bool few, int64_t chunk_rows, int64
   require_numbers("grad_q", storage, grad_q), require_numbers("grad_k", storage, grad_k);
   require_numbers("grad_v", storage, grad_v);
 
-  if (!exact(storage)) return;
+  if (!compared(storage)) return;
   const Truth truth(s, mask, f.scale, [&](char name, int64_t i) {
     return name == 'q'   ? read(storage, q, i)
            : name == 'k' ? read(storage, k, i)

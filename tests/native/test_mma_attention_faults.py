@@ -7,14 +7,16 @@ from pathlib import Path
 
 import pytest
 
-from mmkernels import _build
+from mmkernels import _build, _native
 
 HERE = Path(__file__).resolve().parent
 ROOT = _build.source_root()
 FORWARD, FEW, BACKWARD = KERNELS = ("mma_attention_fwd.cpp", "mma_attention_few.cpp", "mma_attention_bwd.cpp")
 TILE = "mma_attention_tile.h"
+BF16 = "avx512_bf16"
 
-# Where, what is replaced, by what, and which check must say so.
+# Where, what is replaced, by what, and which check must say so.  "pairs: ..." spoils what only pairs of bfloat16
+# numbers go through, and needs a CPU that multiplies them.
 FAULTS = {
     "none": (
         TILE,
@@ -56,6 +58,36 @@ FAULTS = {
         TILE,
         "to = most(to, hi[r])",
         "to = most(to, hi[r] - 1)",
+        "out",
+    ),
+    "pairs: none": (
+        TILE,
+        "",
+        "",
+        "ok",
+    ),
+    "pairs: last key of an odd number left out": (
+        TILE,
+        "depth_of<E>(to), first, last",
+        "to / Factor<E>::depth, first, last",
+        "out",
+    ),
+    "pairs: sums one pair of keys too short": (
+        FORWARD,
+        "depth_of<E>(n), p, 1",
+        "depth_of<E>(n), p + kQueryTile, 1",
+        "out",
+    ),
+    "pairs: exponents not scaled": (
+        FORWARD,
+        "fma(score, by, -base)",
+        "score - base",
+        "lse",
+    ),
+    "pairs: an even key's value for the odd one's": (
+        FORWARD,
+        "value(j), value(j + 1)",
+        "value(j), value(j)",
         "out",
     ),
     "few: old sums not rescaled": (
@@ -127,15 +159,16 @@ FAULTS = {
 }
 
 
-def _other_levels(level: str) -> str:
+def _other_levels(built: tuple[str, ...]) -> str:
     """Empty kernels for the levels that are not built here: nothing calls them."""
     header = (ROOT / "csrc/cpu/mma_attention.h").read_text()
-    kernels = re.findall(r"MMK_KERNEL\((\w+), (\w+)\)", header)
-    levels = [name for name in _build.build_list(ROOT)[f"MMK_LEVELS_{_build.machine()}"] if name != level]
+    kernels = re.findall(r"MMK_KERNEL(_BF16)?\((\w+), (\w+)\)", header)
+    levels = [name for name in _build.build_list(ROOT)[f"MMK_LEVELS_{_build.machine()}"] if name not in built]
     bodies = [
         f"namespace mmkernels::{name} {{ void {kernel}(const {struct}&) {{}} }}"
         for name in levels
-        for kernel, struct in kernels
+        for bf16, kernel, struct in kernels
+        if bf16 or name != BF16
     ]
     return "\n".join(['#include "cpu/mma_attention.h"', *bodies])
 
@@ -162,6 +195,10 @@ def compiled(tmp_path_factory):
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_named_check_catches(fault, tmp_path, compiled):
     file, old, new, check = FAULTS[fault]
+    # avx512_bf16 has the kernels of avx512 for everything but bfloat16.
+    built = ("avx512", BF16) if fault.startswith("pairs: ") else ("baseline",)
+    if built[-1] not in _native.isa_levels():
+        pytest.skip(f"this CPU has no {built[-1]}")
     csrc = tmp_path / "csrc"
     shutil.copytree(ROOT / "csrc", csrc)
     changed = csrc / "cpu" / file
@@ -169,15 +206,20 @@ def test_a_named_check_catches(fault, tmp_path, compiled):
     if old:
         assert text.count(old) == 1, f"{file} has {text.count(old)} lines with {old!r}"
         changed.write_text(text.replace(old, new))
-    level = ["-DMMK_ISA_NS=baseline", *_build.build_list(ROOT)["MMK_FLAGS_baseline"]]
-    objects = [compiled(csrc, csrc / "cpu" / kernel, *level) for kernel in KERNELS]
-    (tmp_path / "others.cpp").write_text(_other_levels("baseline"))
+    words = _build.build_list(ROOT)
+    objects = [
+        compiled(csrc, csrc / "cpu" / kernel, f"-DMMK_ISA_NS={level}", *words[f"MMK_FLAGS_{level}"])
+        for level in built
+        for kernel in KERNELS
+        if f"csrc/cpu/{kernel}" in _build.kernel_sources(words, level)
+    ]
+    (tmp_path / "others.cpp").write_text(_other_levels(built))
     # What no fault touches is compiled against the sound headers, once.
     once = [ROOT / "csrc/common/isa.cpp", ROOT / "csrc/common/scratch.cpp", tmp_path / "others.cpp"]
     objects += [compiled(ROOT / "csrc", source) for source in (*once, HERE / "mma_attention_alone.cpp")]
     program = tmp_path / "alone"
     subprocess.run([*_build.find_compiler(), *map(str, objects), "-o", str(program)], check=True)
-    done = subprocess.run([str(program), "baseline"], capture_output=True, text=True, check=False)
+    done = subprocess.run([str(program), built[-1]], capture_output=True, text=True, check=False)
     said = done.stdout.strip().split(":")[0]
     assert said == check, f"{fault}: {done.stdout}{done.stderr[-1000:]}"
     assert (done.returncode == 0) == (check == "ok")

@@ -80,7 +80,8 @@ def mma_attention(
         DtypeError: a dtype outside the four, q, k and v of different dtypes, a mask that is not an MMAMask.
         DeviceError: tensors on different devices.
 
-    Numerics: scores, softmax and sums in float32 (float64 for float64), one rounding on output; deterministic.
+    Numerics: scores, softmax and sums in float32 (float64 for float64), one rounding on output; deterministic.  Where
+    16-bit numbers are multiplied as such (GPUs, bfloat16 on AMD CPUs from Zen 4 on) P is rounded to them before P V.
     Gradients reach q, k and v, through out and lse; mass is a statistic without gradient.  Keys and values that a row
     does not attend must still be finite: a backend may read the tile they share with others.
     Cost: 4 * headdim flops for every kept pair and head (tiles that keep nothing are skipped); memory O(qlen + klen).
