@@ -95,11 +95,17 @@ def _both(prepare: Callable[..., Prepared], backward: str | None = None) -> tupl
     )
 
 
+def _tuned(prepare: Callable[..., Prepared]) -> Contestant:
+    """The native backend where malloc keeps large blocks: what fresh memory for every output costs."""
+    return Contestant("mmkernels, tuned malloc", prepare, tuned_malloc=True, backward=_FORWARD_ONLY)
+
+
 SCAN = OpRace(
     problems.scan_problem,
     problems.scan_truth,
     (
         *_both(ours.scan),
+        _tuned(ours.scan),
         Contestant("ggml_ssm_scan", ggml.scan, dtypes=("float32",), backward=_NO_GRADIENTS),
         Contestant("torch.compile, chunk 64", functools.partial(compiled.scan, chunk=64), left_out=_chunk_128_will_do),
         Contestant(
@@ -126,6 +132,7 @@ CONV = OpRace(
     problems.conv_truth,
     (
         *_both(ours.conv),
+        _tuned(ours.conv),
         Contestant("ggml_ssm_conv", ggml.conv, dtypes=("float32",), backward=_NO_GRADIENTS),
         Contestant("transformers", transformers_cpu.conv),
         Contestant("transformers, tuned malloc", transformers_cpu.conv, tuned_malloc=True, backward=_FORWARD_ONLY),
