@@ -29,9 +29,10 @@ struct Forward {
   Mask<A>* mask;
   int64_t seen_from, seen_to;  // enclose what rows of the task see
   bool packed[kKeyBlock / kKeyTile];
+  Upcoming upcoming;
 
   Forward(Arena& arena, const AttentionForward& call)
-      : a(call), width(padded<A>(a.headdim)), elements(width / Factor<E>::depth) {
+      : a(call), width(padded<A>(a.headdim)), elements(width / Factor<E>::depth), upcoming(arena, 2 * kKeyTile) {
     const int64_t block = least(kKeyBlock, (a.klen + kKeyTile - 1) / kKeyTile * kKeyTile);
     const int64_t held = (a.most_rows + kQueryTile - 1) / kQueryTile * kQueryTile;
     keys = arena.take<E>(block * elements), values = arena.take<E>(block * elements);
@@ -73,7 +74,27 @@ struct Forward {
         pack_values(task, key, n, values + offset);
         done = true;
       }
+      look_ahead(task, r, block, key + kKeyTile, end);
       step(n, keys + offset, values + offset, out + r * width, top + r, total + r);
+    }
+  }
+
+  // What is read once the keys before `key` are done: keys that are not packed yet, or the next queries, or the next
+  // block.  Rows are too short and too far apart for the processor to guess.
+  void look_ahead(const AttentionTask& task, int64_t r, int64_t block, int64_t key, int64_t end) {
+    upcoming.clear();
+    const int64_t bytes = a.headdim * static_cast<int64_t>(sizeof(T)), next = r + kQueryTile;
+    if (key >= end && next < task.rows) {
+      for (int64_t i = next; i < least(next + kQueryTile, task.rows); ++i) {
+        const int64_t row = task.begin + i, head = task.kv_head * (a.heads / a.kv_heads) + row / a.qlen;
+        upcoming.read(at<T>(a.q, task.batch, row % a.qlen, head), bytes);
+      }
+      return;
+    }
+    if (key < end && packed[(key - block) / kKeyTile]) return;
+    for (int64_t i = key; i < least(key + kKeyTile, task.last_key); ++i) {
+      upcoming.read(at<T>(a.k, task.batch, i, task.kv_head), bytes);
+      upcoming.read(at<T>(a.v, task.batch, i, task.kv_head), bytes);
     }
   }
 
@@ -120,9 +141,14 @@ struct Forward {
   }
 
   void step(int64_t n, const E* k, const E* v, A* o, A* m, A* l) {
-    multiply_parts<E, true>(scores_of(n, a.headdim, k, elements, queries, scores), [&](int64_t key, int64_t some) {
+    const auto live_scores = [&](int64_t key, int64_t some) {
       return mask->scores_part(key, some, a.headdim).template in_elements<E>();
-    });
+    };
+    const auto live_keys = [&](int64_t row, int64_t some) {
+      return mask->keys_part(row, some).template in_elements<E>();
+    };
+    const auto fetch = [this] { upcoming.fetch_some(); };
+    multiply_parts<E, true>(scores_of(n, a.headdim, k, elements, queries, scores), live_scores, fetch);
     E* p = reinterpret_cast<E*>(scores);
     for (int64_t i = 0; i < Mask<A>::kVectors; ++i) {
       soften(i, p, m + i * V::size, l + i * V::size);
@@ -130,9 +156,7 @@ struct Forward {
     }
     Product<E> sums{rows->count, a.headdim, depth_of<E>(n), p, 1, kQueryTile, v, width, o, width};
     sums.start = o, sums.scale = decay, sums.scale_row = 1;
-    multiply_parts<E, false>(sums, [&](int64_t row, int64_t some) {
-      return mask->keys_part(row, some).template in_elements<E>();
-    });
+    multiply_parts<E, false>(sums, live_keys, fetch);
   }
 
   // Scores of one vector of queries to p; m and l move on.

@@ -9,6 +9,7 @@
 #include "common/vec_math.h"
 #include "cpu/mma_attention.h"
 #include "cpu/ssd_tile.h"
+#include "cpu/upcoming.h"
 
 namespace mmkernels::MMK_ISA_NS {
 namespace {
@@ -106,8 +107,9 @@ MMK_INLINE Product<E> scores_of(int64_t n, int64_t headdim, const E* keys, int64
 }
 
 // p, of every block of rows the part (in elements) that part_of(row, rows) asks for; an empty depth leaves c as it was.
-template <class E, bool depth_dense, class PartOf>
-void multiply_parts(const Product<E>& p, const PartOf& part_of) {
+// between() is called after every block.
+template <class E, bool depth_dense, class PartOf, class Between = Nothing>
+void multiply_parts(const Product<E>& p, const PartOf& part_of, const Between& between = {}) {
   using A = typename Factor<E>::Sum;
   const int64_t vectors = padded<A>(p.columns) / Vec<A>::size;
   const int64_t panels = (vectors + kTileVectors - 1) / kTileVectors;
@@ -127,6 +129,7 @@ void multiply_parts(const Product<E>& p, const PartOf& part_of) {
           case 2: panel_rows<E, depth_dense, 2>(p, row, first, last, part); break;
           default: panel_rows<E, depth_dense, 1>(p, row, first, last, part);
         }
+        between();
       }
       row += rows;
     }
