@@ -240,8 +240,8 @@ def _is_constant(made: dict[str, tuple[str, list[str], str]], value: str) -> boo
     return operation == "arith.constant" or (operation == "tt.splat" and _is_constant(made, operands[0]))
 
 
-def survey(architectures: list[str], only: str = "", every: int = 1) -> list[Budget]:
-    """Budgets of all specimens, or one of `every`, with `only` in their module or kernel name."""
+def survey(architectures: list[str], only: str = "", every: int = 1, first: int = 0) -> list[Budget]:
+    """Budgets of all specimens, or of one of `every` from `first` on, with `only` in their module or kernel name."""
     if _triton.interpreting():
         raise RuntimeError("mmkernels.testing.aot: kernels must be compiled; unset TRITON_INTERPRET")
     found = []
@@ -251,7 +251,7 @@ def survey(architectures: list[str], only: str = "", every: int = 1) -> list[Bud
         kernels = importlib.import_module(module)
         for name in architectures:
             for number, specimen in enumerate(kernels.specimens(name)):
-                if number % every == 0 and (only in module or only in specimen.kernel.__name__):
+                if number % every == first and (only in module or only in specimen.kernel.__name__):
                     found.append(measure(specimen, ARCHITECTURES[name], op))
     return found
 
@@ -290,11 +290,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Budgets of the Triton kernels, compiled without a GPU.")
     parser.add_argument("--arch", nargs="+", default=list(ARCHITECTURES), choices=list(ARCHITECTURES))
     parser.add_argument("--only", default="", help="part of a module's or kernel's name")
-    parser.add_argument("--every", type=int, default=1, help="compile the first of so many specimens")
+    parser.add_argument("--every", type=int, default=1, help="compile one of so many specimens")
+    parser.add_argument("--first", type=int, default=0, help="which of them, from 0")
     parser.add_argument("--table", type=Path, help="write a Markdown table here")
     parser.add_argument("--json", type=Path, help="write the budgets here")
     options = parser.parse_args(arguments)
-    budgets = survey(options.arch, options.only, options.every)
+    budgets = survey(options.arch, options.only, options.every, options.first)
     if options.table:
         options.table.write_text(table(budgets), encoding="utf-8")
     if options.json:

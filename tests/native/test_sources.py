@@ -95,6 +95,18 @@ def test_every_kernel_has_a_driver():
     assert not lacking, f"no <op>_alone.cpp runs {', '.join(lacking)} under the sanitizers"
 
 
+def _empty_kernels(op: str, level: str) -> str:
+    """The kernels of an op at a level that is not built: nothing calls them."""
+    lines = []
+    for header in sorted((ROOT / "csrc/cpu").glob(f"{op}*.h")):
+        kernels = re.findall(r"MMK_KERNEL(?:_BF16)?\((\w+), (\w+)\)", header.read_text())
+        lines += [f'#include "cpu/{header.name}"'] if kernels else []
+        lines += [
+            f"namespace mmkernels::{level} {{ void {kernel}(const {struct}&) {{}} }}" for kernel, struct in kernels
+        ]
+    return "\n".join(lines) + "\n"
+
+
 @pytest.mark.slow  # the sanitizers multiply the compiler's work
 @pytest.mark.parametrize("driver", sorted(HERE.glob("*_alone.cpp")), ids=lambda path: path.stem)
 def test_kernels_under_sanitizers(driver, tmp_path):
@@ -109,17 +121,22 @@ def test_kernels_under_sanitizers(driver, tmp_path):
         ]  # checks as calls: gcc is done in half the time
     op = driver.stem.removesuffix("_alone")
     units = [(source, level) for level in LEVELS for source in _build.kernel_sources(WORDS, level)]
-    units = [(source, level) for source, level in units if Path(source).stem.startswith(op)]
+    # avx2 is baseline with wider vectors: the same lines for partial ones.  It is left to CPUs that have no more.
+    left_out = "avx2" if "avx512" in _native.isa_levels() else ""
+    units = [(source, level) for source, level in units if Path(source).stem.startswith(op) and level != left_out]
     assert units, f"no kernel of csrc/cpu belongs to {driver.name}"
     objects = []
     for source, level in units:
         objects.append(tmp_path / f"{Path(source).stem}-{level}.o")
         extra = [f"-DMMK_ISA_NS={level}", *WORDS[f"MMK_FLAGS_{level}"], "-c", str(ROOT / source)]
         subprocess.run([*compiler, *flags, *extra, "-o", str(objects[-1])], check=True)
-    once = [ROOT / "csrc/common/isa.cpp", ROOT / "csrc/common/scratch.cpp", driver]
+    (tmp_path / "left_out.cpp").write_text(_empty_kernels(op, left_out) if left_out else "")
+    once = [ROOT / "csrc/common/isa.cpp", ROOT / "csrc/common/scratch.cpp", tmp_path / "left_out.cpp", driver]
     program = tmp_path / driver.stem
     subprocess.run([*compiler, *flags, *map(str, once), *map(str, objects), "-o", str(program)], check=True)
     for level in _native.isa_levels():
+        if level == left_out:
+            continue
         done = subprocess.run([str(program), level], capture_output=True, text=True, check=False)
         assert (done.returncode, done.stdout.strip()) == (0, "ok"), f"{level}: {done.stdout}{done.stderr[-3000:]}"
 
